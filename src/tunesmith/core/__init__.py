@@ -1,0 +1,1 @@
+"""The shared nouns: record, row, segment, errors, registry."""

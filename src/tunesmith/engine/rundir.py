@@ -1,0 +1,130 @@
+"""A run is a folder: its spec, its environment, its metrics, its checkpoints, its result. One process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from tunesmith.core.errors import RunError
+from tunesmith.engine.checkpoint import Checkpoints, disk_full
+from tunesmith.spec import Spec, load_spec
+
+
+class RunFolder:
+    """`runs/NAME/`. Use as a context manager: entering takes the lock, leaving gives it back."""
+
+    def __init__(self, path: Path, keep: int = 2) -> None:
+        self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints", keep)
+        self._lock = FileLock(path / ".lock")
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            holder = self._read_holder()
+            raise RunError(
+                f"another process{holder} is using this run folder.",
+                where=str(self.path),
+                hints=["Wait for it, or give this run another name:  name=NAME"],
+            ) from None
+        except OSError as cause:
+            raise RunError(f"the run folder cannot be written: {cause.strerror}.", where=str(self.path)) from None
+        (self.path / ".holder").write_text(str(os.getpid()))
+        return self
+
+    def __exit__(self, *cause: object) -> None:
+        (self.path / ".holder").unlink(missing_ok=True)
+        self._lock.release()
+
+    def _read_holder(self) -> str:
+        try:
+            return f" ({(self.path / '.holder').read_text()})"
+        except OSError:
+            return ""
+
+    @property
+    def started(self) -> bool:
+        return (self.path / "spec.yaml").exists()
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "result.json").exists()
+
+    def begin(self, spec: Spec, environment: dict[str, Any]) -> None:
+        """Write what the run is. Raises RunError where the folder holds a run already."""
+        if self.started:
+            state = "a finished run" if self.finished else "a run that was begun"
+            raise RunError(
+                f"the folder holds {state}.",
+                where=str(self.path),
+                hints=["Go on with it:  --resume", "Or start anew beside it:  name=NAME", "Or overwrite it:  --overwrite"],
+            )
+        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        beside = self.path / ".spec.yaml.writing"  # the spec comes last: a folder with a spec has everything
+        beside.write_text(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        beside.rename(self.path / "spec.yaml")
+
+    def clear(self) -> None:
+        """Remove an earlier run's files from the folder (asked for with --overwrite)."""
+        import shutil
+
+        for item in self.path.iterdir():
+            if item.name in (".lock", ".holder"):
+                continue
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+    def spec(self) -> Spec:
+        """The spec that the run was begun with."""
+        return load_spec(self.path / "spec.yaml")
+
+    def environment(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "environment.json").read_text()))
+
+    def result(self) -> dict[str, Any]:
+        """What the run ended with. Raises RunError where it has not ended."""
+        try:
+            return dict(json.loads((self.path / "result.json").read_text()))
+        except OSError:
+            hint = "Finish it:  tunesmith train SPEC --resume" if self.started else "Train one:  tunesmith train spec.yaml"
+            raise RunError("there is no finished run here.", where=str(self.path), hints=[hint]) from None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the run's result, whole or not at all."""
+        beside = self.path / ".result.json.writing"
+        beside.write_text(json.dumps(result, indent=2) + "\n")
+        beside.rename(self.path / "result.json")
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line. On resuming, lines after the checkpoint are cut off."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path = path
+        with path.open("ab") as file:
+            file.truncate(offset)
+
+    def write(self, **values: Any) -> None:
+        """Append one line. Raises RunError when the disk is full."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as cause:
+            if disk_full(cause):
+                raise RunError("no space left on the device.", where=str(self.path), hints=["Free some space, then go on with --resume."]) from None
+            raise
+
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self.path.stat().st_size
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

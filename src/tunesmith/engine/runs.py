@@ -1,0 +1,48 @@
+"""Finished runs as models: the base they were trained on, with their adapters on it, back through the chain of runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tunesmith.adapters import load_adapter, save_adapter
+from tunesmith.bases import load_base
+from tunesmith.core.errors import RunError
+from tunesmith.engine.checkpoint import new_folder
+from tunesmith.engine.model import Model, add_adapter
+from tunesmith.engine.rundir import RunFolder
+
+ADAPTER = "adapter"
+
+
+def is_run(source: str | os.PathLike[str]) -> bool:
+    """Does this name a run folder (rather than a model)?"""
+    return (Path(source) / "spec.yaml").is_file()
+
+
+def open_run(folder: str | os.PathLike[str], *, dtype: str = "auto", device: str = "auto") -> Model:
+    """The model that a finished run left, ready to ask or to train further. Raises RunError where the run has not ended."""
+    path = Path(folder)
+    run = RunFolder(path)
+    run.result()
+    spec = run.spec()
+    asked = dtype if dtype != "auto" else spec.base.dtype
+    if is_run(spec.base.model):
+        model = open_run(spec.base.model, dtype=asked, device=device)
+    else:
+        given = spec.base.model_dump(exclude={"model", "dtype", "device"})
+        model = Model(load_base(spec.base.model, dtype=asked, device=device, **given))
+    if spec.adapter == "continue":  # the adapter went on training: what this run saved replaces what it began with
+        model.adapters.pop().detach()
+    adapter = load_adapter(model.base.model, path / ADAPTER, fingerprint=model.base.fingerprint, name=f"run{len(model.adapters)}")
+    adapter.freeze()
+    add_adapter(model.base, adapter)
+    return Model(model.base, [*model.adapters, adapter], path.name)
+
+
+def save_run(model: Model, folder: Path) -> None:
+    """Write the trained adapter into its run, whole or not at all."""
+    if not model.adapters:
+        raise RunError("there is no adapter to save.")
+    with new_folder(folder / ADAPTER) as beside:
+        save_adapter(model.adapter, beside, base=model.base.source, fingerprint=model.base.fingerprint)

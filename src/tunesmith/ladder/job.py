@@ -1,0 +1,165 @@
+"""A job: a spec made real. The base is loaded, the records are read and split, the task is known, rows can be made."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.bases import Base, load_base
+from tunesmith.bases.hardware import hardware
+from tunesmith.core.errors import DataError
+from tunesmith.core.packages import cache_dir
+from tunesmith.core.progress import Quiet, Reporter
+from tunesmith.core.record import Record
+from tunesmith.core.row import Row
+from tunesmith.data.lengths import fit
+from tunesmith.data.rowcache import RowCache
+from tunesmith.data.rows import notes_of, to_rows
+from tunesmith.engine.model import Model, attach_to
+from tunesmith.engine.rundir import RunFolder
+from tunesmith.engine.runs import is_run, open_run
+from tunesmith.evaluation.evaluate import System, evaluate
+from tunesmith.evaluation.prompting import zero_shot
+from tunesmith.evaluation.task import Task, make_task
+from tunesmith.ladder.data import Splits, as_messages, load_splits, take
+from tunesmith.spec import Spec
+
+
+@dataclass
+class Job:
+    """spec: what is to be done. start: the base, with the adapters of the run it goes on from, if any. notes: what a reader
+    of the report must know, collected on the way."""
+
+    spec: Spec
+    start: Model
+    splits: Splits
+    task: Task
+    reporter: Reporter = field(default_factory=Quiet)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> Base:
+        return self.start.base
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """Training rows, tokenised once and cached by content, none over the limit. Raises DataError as the policy says."""
+        spec = self.spec.data
+        limit = spec.max_tokens or self.base.context_length or 2**31
+        if self.base.context_length and limit > self.base.context_length:
+            raise DataError(
+                f"data.max_tokens={limit:,} is more than {self.base.name} reads ({self.base.context_length:,}).",
+                hints=[f"Nearest that works here:  data.max_tokens={self.base.context_length}"],
+            )
+        made = to_rows(
+            self.base.tokenizer,
+            [self.sample(record) for record in self.splits.train],
+            supervise=spec.supervise,
+            renderer=self.start.renderer,
+            cache=RowCache(cache_dir() / "rows"),
+        )
+        rows, lengths = fit(made, limit, spec.overlong, self.base.tokenizer)
+        self._say_rows(rows, str(lengths) if lengths.dropped or lengths.truncated else "")
+        return list(rows)
+
+    def sample(self, record: Record) -> Record:
+        """The record as training sees it: with the task's system turn and instruction, like every question."""
+        return record if record.shape == "text" else as_messages(record, self.task.solved(record))
+
+    def _say_rows(self, rows: Sequence[Row], lengths: str) -> None:
+        tokens, supervised = sum(row.tokens for row in rows), sum(row.supervised_tokens for row in rows)
+        counts = [f"{len(part):,} {name}" for name, part in (("dev", self.splits.dev), ("test", self.splits.test)) if part]
+        share = f"supervised {supervised / tokens:.1%} of {tokens:,} tokens"
+        self.reporter.line("data", " · ".join([f"{len(rows):,} train", *counts, share]))
+        for note in [*([lengths] if lengths else []), *(f"{note} ({count} rows)" for note, count in notes_of(rows).items())]:
+            self.reporter.line("", note)
+            self.notes.append(note)
+
+    def judge_dev(self, model: Model) -> Mapping[str, float]:
+        """The task's metric on the dev samples, asked as in training."""
+        records = take(self.splits.dev, self.spec.train.dev_questions, self.spec.train.seed)
+        found = evaluate(System("dev", model, zero_shot(self.task)), self.task, records)
+        return {self.metric_name: found.score}
+
+    @property
+    def metric_name(self) -> str:
+        metric = self.task.metric
+        return metric if isinstance(metric, str) else next(iter(metric))
+
+
+def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model | None = None) -> Job:
+    """Load what a spec names. base: one that is loaded already (the spec's is then not loaded again)."""
+    reporter = reporter or Quiet()
+    splits = load_splits(spec.data)
+    start = base if isinstance(base, Model) else Model(base) if base is not None else load_start(spec, reporter)
+    job = Job(spec, start, splits, make_task(spec.task, splits.train), reporter, notes=[*splits.notes])
+    for part in (splits.dev, splits.test):
+        if any(record.shape != "text" for record in part):
+            job.task.check(part)
+    return job
+
+
+def load_start(spec: Spec, reporter: Reporter | None = None) -> Model:
+    """The spec's base: a model, or a finished run with its adapters on."""
+    reporter = reporter or Quiet()
+    if is_run(spec.base.model):
+        start = open_run(spec.base.model, dtype=spec.base.dtype, device=spec.base.device)
+        reporter.line("base", f"{start.base.describe()} · as {spec.base.model} left it")
+        return start
+    base = load_base(**spec.base.model_dump(exclude={"model"}), source=spec.base.model)
+    reporter.line("base", base.describe())
+    for decision in base.decisions:
+        if not decision.startswith("dtype"):
+            reporter.line("", decision)
+    forward = Model(base).forward if base.kind == "decoder" else None
+    if forward is not None and not forward.packed:
+        reporter.line("", f"rows are padded, not packed: {forward.why}")
+    return Model(base)
+
+
+def trainable_model(job: Job) -> Model:
+    """The job's start with the spec's adapter on it: a new one, or with `adapter: continue` the start's own, trained on."""
+    spec = job.spec
+    if spec.adapter == "continue":
+        for _, parameter in job.start.adapter.named_parameters():
+            parameter.requires_grad_(True)
+        model = job.start
+    else:
+        model = attach_to(job.start, spec.adapter, keep_original=False, seed=spec.train.seed)
+    share = model.trainable() / model.base.parameters
+    job.reporter.line("adapter", f"{model.adapter.expression} · trainable {model.trainable():,} ({share:.2%})")
+    return model
+
+
+def environment(base: Base) -> dict[str, Any]:
+    """Versions, hardware, dtype and why: what a result depends on besides the spec."""
+    names = ("tunesmith", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in names},
+        "hardware": hardware(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype_reason": base.dtype_reason,
+        "device": str(base.device),
+        "base_fingerprint": base.fingerprint,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except Exception:  # run from a checkout that was never installed
+        return "unknown"
+
+
+def run_folder(spec: Spec, root: Path | None = None) -> RunFolder:
+    """Where the run of this spec lives: runs/NAME."""
+    return RunFolder((root or Path("runs")) / (spec.name or "run"), keep=spec.train.keep)

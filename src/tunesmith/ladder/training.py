@@ -1,0 +1,118 @@
+"""Training as a user means it: a spec in, a run folder out, resumable at every moment."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.bases.memory import PeakMemory
+from tunesmith.core.errors import SpecError
+from tunesmith.core.progress import Reporter
+from tunesmith.engine.model import Model
+from tunesmith.engine.rundir import RunFolder, read_metrics
+from tunesmith.engine.runs import ADAPTER, open_run, save_run
+from tunesmith.engine.train import DevMetric, Trainer
+from tunesmith.ladder.job import Job, environment, prepare, run_folder, trainable_model
+from tunesmith.spec import Spec
+
+
+@dataclass(slots=True)
+class Run:
+    """A finished run. model: with the best weights on. result: what result.json holds."""
+
+    folder: Path
+    model: Model
+    result: dict[str, Any]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    @property
+    def adapter(self) -> Path:
+        """The folder with the adapter's files."""
+        return self.folder / ADAPTER
+
+
+def train(spec: Spec, *, resume: bool = False, overwrite: bool = False, reporter: Reporter | None = None, root: Path | None = None) -> Run:
+    """Train what a spec says, into runs/NAME.
+
+    resume: go on where the folder's run was stopped (its own spec is used; a finished run is returned as it is).
+    Raises TunesmithError subclasses for everything a user can mend.
+    """
+    with run_folder(spec, root) as folder:
+        if overwrite and not resume:
+            folder.clear()
+        if resume and folder.started:
+            spec = _resumed_spec(spec, folder)
+            if folder.finished:
+                if reporter:
+                    reporter.line("resume", f"{folder.path} is finished; nothing to do")
+                return Run(folder.path, open_run(folder.path, dtype=spec.base.dtype), folder.result())
+        elif folder.started:
+            folder.begin(spec, {})  # refuses, with what to do
+        return train_job(prepare(spec, reporter=reporter), folder)
+
+
+def _resumed_spec(spec: Spec, folder: RunFolder) -> Spec:
+    """The spec the run was begun with, on the dtype and threads it was begun with; a different one is refused."""
+    begun, facts = folder.spec(), folder.environment()
+    given, kept = spec.model_dump(), begun.model_dump()
+    changed = [key for key in kept if given[key] != kept[key] and key != "name"]
+    if changed:
+        raise SpecError(
+            f"the run was begun with another spec; it differs in: {', '.join(changed)}.",
+            where=str(folder.path),
+            hints=["Resume with the spec it was begun with, or give the changed one another name:  name=NAME"],
+        )
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    torch.set_num_threads(facts["threads"])
+    return begun.model_copy(update={"base": begun.base.model_copy(update={"dtype": short[facts["dtype"]]})})
+
+
+def train_job(job: Job, folder: RunFolder, *, model: Model | None = None) -> Run:
+    """Train a prepared job into its folder, going on from its last checkpoint if it has one.
+
+    model: the job's start with the adapter to train on it already; by default the spec's adapter is attached.
+    """
+    rows = job.rows
+    model = model or trainable_model(job)
+    if not folder.started:
+        folder.begin(job.spec, environment(job.base))
+    began = time.perf_counter()
+    with PeakMemory() as memory:
+        trainer = Trainer(model, rows, job.spec, folder, dev=_dev(job, model), reporter=job.reporter)
+        state = trainer.run(resume=True)
+    save_run(model, folder.path)
+    result = {
+        "steps": state.step,
+        "planned_steps": trainer.total,
+        "best_step": state.best_step,
+        f"dev_{job.metric_name}": state.best,
+        "train_seconds": round(state.train_seconds, 3),
+        "dev_seconds": round(state.dev_seconds, 3),
+        "wall_seconds": round(time.perf_counter() - began, 3),
+        "peak_memory_mb": round(memory.gpu_mb or memory.mb, 1),
+        "trainable_parameters": model.trainable(),
+        "tokens": state.tokens,
+        "supervised_tokens": state.supervised,
+        "learning_rate": trainer.lr,
+        "labels": list(job.task.labels),
+        "state": asdict(state),
+    }
+    folder.finish(result)
+    best = f" · best dev {job.metric_name} {state.best:.3f} at step {state.best_step}" if state.best is not None else ""
+    job.reporter.line("done", f"{state.step} steps in {state.train_seconds:.0f} s{best} · {folder.path / ADAPTER}")
+    return Run(folder.path, model, result)
+
+
+def _dev(job: Job, model: Model) -> DevMetric | None:
+    if not any(record.shape != "text" for record in job.splits.dev):
+        return None
+    return lambda: job.judge_dev(model)
+

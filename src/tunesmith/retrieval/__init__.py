@@ -1,0 +1,1 @@
+"""Retrieval: finding what is near a question."""

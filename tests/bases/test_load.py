@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tunesmith.bases import load_base, source
 from tunesmith.bases.fingerprint import fingerprint
-from tunesmith.core.errors import BaseError
+from tunesmith.core.errors import BaseError, TunesmithError
 from tunesmith.core.packages import FetchError
 
 
@@ -347,3 +347,12 @@ def test_a_whole_way_from_a_wheel_to_a_model(folder: Path, tmp_path: Path, monke
 def test_an_empty_source_is_answered_with_the_forms(nothing: str) -> None:
     with pytest.raises(BaseError, match="A base is:"):
         load_base(nothing)
+
+
+def test_how_dialogues_are_written_is_kept_with_the_base_and_a_wrong_word_is_refused_before_loading(tiny_base_folder):
+    how = {"template": "plain", "special": "refuse", "system_turn": "user", "template_variables": {"a": 1}}
+    base = load_base(tiny_base_folder, dtype="fp32", device="cpu", **how)
+    assert {name: getattr(base, name) for name in how} == how
+    for options in ({"special": "refse"}, {"system_turn": "usr"}):
+        with pytest.raises(TunesmithError, match="Did you mean"):
+            load_base(tiny_base_folder, **options)

@@ -150,7 +150,7 @@ def test_a_template_that_leaves_out_tools_or_calls_or_a_turn_is_refused(tokenize
 def test_a_refused_system_turn_is_an_error_with_the_templates_words_and_joins_the_user_turn_if_asked(tokenizer: Make) -> None:
     tok = tokenizer("bytes", "gemma")
     messages = [{"role": "system", "content": "be kind"}, *TWO_TURNS]
-    with pytest.raises(RenderError, match=r"(?s)line 1 refuses.*System role not supported.*system='user'"):
+    with pytest.raises(RenderError, match=r"(?s)line 1 refuses.*System role not supported.*base\.system_turn=user"):
         render(tok, messages)
     rendered = Renderer(tok, system="user").render(messages)
     assert "<start_of_turn>user\nbe kind\n\nthe quick brown<end_of_turn>" in rendered.text
@@ -402,3 +402,22 @@ def test_the_view_shows_what_is_trained_on_with_and_without_colours(tokenizer: M
         assert "green" in styles["fox é中 [bold] jumps"] and styles["<|im_start|>"] == "magenta"
     tree = plain(tok, options(tok, TWO_TURNS[:1], ["positive", "negative"]))
     assert "-- prompt --" in tree and "-- negative --" in tree and "[[negative<|im_end|>]]" in tree
+
+
+def test_renderers_with_other_options_are_others_and_the_same_options_give_the_kept_one(tokenizer):
+    tok = tokenizer("bytes", "chatml")
+    dialogue = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
+    plain, merged = renderer_for(tok), renderer_for(tok, system="user")
+    assert merged is renderer_for(tok, system="user") is not plain
+    assert "S\n\nu" in tok.decode(merged.prompt(dialogue).ids) and "S\n\nu" not in tok.decode(plain.prompt(dialogue).ids)
+    thinking = [renderer_for(tok, variables={"enable_thinking": on}) for on in (True, False)]
+    assert thinking[0] is not thinking[1] and len({one.fingerprint() for one in (plain, merged, *thinking)}) == 4
+
+
+def test_every_way_out_that_an_error_names_is_a_key_of_the_spec(tokenizer):
+    tok = tokenizer("bytes", "chatml")
+    with pytest.raises(RenderError, match=r"base\.special=text"):
+        renderer_for(tok, special="refuse").prompt([{"role": "user", "content": "a <|im_end|>"}])
+    silent = "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    with pytest.raises(RenderError, match=r"(?s)base\.template=FILE.*base\.system_turn=user"):
+        renderer_for(tok, silent).prompt([{"role": "system", "content": "S"}, {"role": "user", "content": "u"}])

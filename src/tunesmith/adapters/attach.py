@@ -9,6 +9,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +107,8 @@ class Adapter:
             form.active = active
             _refresh_forms(self.model.get_submodule(path))
         for name, parameter in self.trained.items():
-            parameter.data, self._kept[name] = self._kept[name], parameter.data
+            before = parameter.detach()
+            parameter.data, self._kept[name] = self._kept[name], before
         if self.rows:
             for rows in self.rows.values():
                 rows.active = active
@@ -113,7 +116,7 @@ class Adapter:
 
     def _remove(self) -> None:
         for path in self.forms:
-            module = self.model.get_submodule(path)
+            module: Any = self.model.get_submodule(path)
             del module.ts_forms[self.name]
             _refresh_forms(module)
         if self.rows:
@@ -150,7 +153,7 @@ def attach(
                 else:
                     _in_place(adapter, part)
         if new_words:
-            adapter.rows = attach_words(model, sorted(set(new_words)), name, trained=adapter.trained.values())
+            adapter.rows = attach_words(model, list(dict.fromkeys(new_words)), name, trained=adapter.trained.values())
     except BaseException:
         adapter._remove()
         raise
@@ -170,8 +173,8 @@ def _listen(adapter: Adapter, part: Plan) -> None:
                 f"{part.method}: rank {part.form['rank']} is larger than site {site.name} allows ({site.outputs} x {site.inputs}).",
                 hints=[f"Nearest that works here:  rank={min(site.inputs, site.outputs)}"],
             )
-        module = site.module
-        form = LowRank(site.inputs, site.outputs, **part.form).to(next(adapter.model.parameters()).device)
+        module: Any = site.module
+        form = LowRank(site.inputs, site.outputs, **part.form).to(next(adapter.model.parameters()).device).eval()
         if not hasattr(module, "ts_forms"):
             module.ts_forms = nn.ModuleDict()
             module.register_forward_hook(_add_forms)
@@ -184,12 +187,12 @@ def _listen(adapter: Adapter, part: Plan) -> None:
         raise AdapterError(f"'{adapter.expression}' selects no site of this model.")
 
 
-def _refresh_forms(module: nn.Module) -> None:
+def _refresh_forms(module: Any) -> None:
     """Which forms listen at a site: those switched on, always in the order in which they were attached."""
     module.ts_active = tuple(form for form in module.ts_forms.values() if form.active)
 
 
-def _add_forms(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+def _add_forms(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """The one hook: whatever is active at the site adds its output."""
     for form in module.ts_active:
         out = out + form(args[0])
@@ -217,7 +220,8 @@ def _in_place(adapter: Adapter, part: Plan) -> None:
     for path in paths:
         if not named[path].is_floating_point():
             raise AdapterError(f"{path} is quantised and cannot be trained in place.", hints=["Nearest that works here:  lora"])
-        adapter.trained[path] = named[path].requires_grad_(True)
+        named[path].requires_grad_(True)
+        adapter.trained[path] = named[path]
     if not adapter.trained:
         raise AdapterError(f"'{adapter.expression}' selects no parameter of this model.")
 

@@ -7,6 +7,7 @@ never in keys, prefix `base_model.model.`), and beside them `tunesmith.json` wit
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.adapters.attach import Adapter, attach
-from tunesmith.adapters.forms import LowRank
 from tunesmith.core.errors import AdapterError
 
 WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "tunesmith.json"
 _PREFIX = "base_model.model."
+_FORMAT = 1
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, base: str, fingerprint: str) -> None:
@@ -29,39 +30,53 @@ def save_adapter(adapter: Adapter, folder: Path, *, base: str, fingerprint: str)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     if not adapter.in_place:
         (folder / CONFIG).write_text(json.dumps(_peft_config(adapter, base), indent=2, sort_keys=True) + "\n")
-    first = next((rows.first for rows in adapter.rows.values()), None)
-    ours = {"format": 1, "expression": adapter.expression, "base": base, "fingerprint": fingerprint, "new_from": first}
+    words = next((rows.words.tolist() for rows in adapter.rows.values()), [])
+    ours = {"format": _FORMAT, "expression": adapter.expression, "base": base, "fingerprint": fingerprint, "new_words": words}
     (folder / OURS).write_text(json.dumps(ours, indent=2) + "\n")
 
 
-def load_adapter(
-    model: nn.Module, folder: Path, *, fingerprint: str | None = None, name: str = "default", new_from: int | None = None
-) -> Adapter:
+def load_adapter(model: nn.Module, folder: Path, *, fingerprint: str | None = None, name: str = "default") -> Adapter:
     """Attach a saved adapter: ours, or any plain LoRA that the `peft` library wrote.
 
     fingerprint: of the base it is put on; a different one than it was made for is refused. Raises AdapterError for
-    files that are missing, damaged or made for another base.
+    files that are missing, damaged or made for another base, and then leaves the model as it was.
     """
     tensors = _read(folder / WEIGHTS)
-    ours = _json(folder / OURS) if (folder / OURS).exists() else None
+    ours = _ours(folder, fingerprint)
     if ours is not None:
-        if fingerprint is not None and ours["fingerprint"] and ours["fingerprint"] != fingerprint:
-            raise AdapterError(
-                f"the adapter was made for another base ({ours['base']}, fingerprint {ours['fingerprint'][:12]}; this base has {fingerprint[:12]}).",
-                where=str(folder),
-                hints=["Load the base it was made for."],
-            )
-        adapter = attach(model, ours["expression"], name=name, new_from=ours["new_from"])
-        adapter.load(tensors if adapter.in_place else _from_peft(adapter, tensors, folder))
-        return adapter
-    config = _json(folder / CONFIG)
-    indices = _token_indices(config)
-    adapter = attach(model, _expression(config, tensors, folder), name=name, new_from=min(indices) if indices else new_from)
-    _check_rows(adapter, indices, folder)
-    for path, form in adapter.forms.items():
-        _check_pattern(config, path, form, folder)
-    adapter.load(_from_peft(adapter, tensors, folder))
+        expression, words = ours
+    else:
+        config = _json(folder / CONFIG)
+        expression, words = _expression(config, tensors, folder), _token_indices(config, folder)
+    adapter = attach(model, expression, name=name, new_words=words)
+    try:
+        state = tensors if adapter.in_place else _from_peft(tensors, folder)
+        if ours is None:  # a table that the file leaves as it is keeps its rows
+            state = {f"{path}.rows": rows.rows.detach() for path, rows in adapter.rows.items()} | state
+        adapter.load(state)
+    except AdapterError as cause:
+        adapter.detach()
+        raise AdapterError(cause.what, where=cause.where or str(folder), hints=cause.hints) from None
     return adapter
+
+
+def _ours(folder: Path, fingerprint: str | None) -> tuple[str, list[int]] | None:
+    """(expression, new words) of an adapter that we wrote; None for one of the `peft` library."""
+    file = folder / OURS
+    if not file.exists():
+        return None
+    values = _json(file)
+    kinds = {"format": int, "expression": str, "base": str, "fingerprint": str, "new_words": list}
+    if not all(isinstance(values.get(key), kind) for key, kind in kinds.items()) or values["format"] != _FORMAT:
+        raise AdapterError("is damaged, or of a newer version.", where=str(file), hints=["Copy the adapter again, or upgrade Tunesmith."])
+    if fingerprint is not None and values["fingerprint"] and values["fingerprint"] != fingerprint:
+        made, here = values["fingerprint"][:12], fingerprint[:12]
+        raise AdapterError(
+            f"the adapter was made for another base ({values['base']}, fingerprint {made}; this base has {here}).",
+            where=str(folder),
+            hints=["Load the base it was made for."],
+        )
+    return values["expression"], values["new_words"]
 
 
 def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -79,7 +94,7 @@ def _in_place_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return out | {f"{path}.rows": rows.rows.detach() for path, rows in adapter.rows.items()}
 
 
-def _from_peft(adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _from_peft(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, value in tensors.items():
         path = key.removeprefix(_PREFIX)
@@ -98,7 +113,8 @@ def _peft_config(adapter: Adapter, base: str) -> dict[str, Any]:
     rank_pattern = {path: form.rank for path, form in forms if form.rank != first.rank}
     alpha_pattern = {path: form.alpha for path, form in forms if form.alpha != first.alpha}
     if any(form.stabilised != first.stabilised for _, form in forms):
-        raise AdapterError("lora and rslora in one adapter cannot be written in PEFT's format.", hints=["Use one of the two for all sites."])
+        what = "lora and rslora in one adapter cannot be written in PEFT's format."
+        raise AdapterError(what, hints=["Use one of the two for all sites."])
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
@@ -115,51 +131,66 @@ def _peft_config(adapter: Adapter, base: str) -> dict[str, Any]:
         "alpha_pattern": alpha_pattern,
     }
     if adapter.rows:
-        config["trainable_token_indices"] = {
-            path.rsplit(".", 1)[-1]: list(range(rows.first, rows.first + rows.rows.shape[0])) for path, rows in adapter.rows.items()
-        }
+        config["trainable_token_indices"] = {path.rsplit(".", 1)[-1]: rows.words.tolist() for path, rows in adapter.rows.items()}
     return config
 
 
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "modules_to_save": (),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "use_bdlora": (),
+    "target_parameters": (),
+    "layer_replication": (),
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base's weights as well
+}
+"""Options of PEFT's LoRA that change what is computed, with the values that are plain LoRA (beside None and empty)."""
+
+
 def _expression(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> str:
+    """The adapter expression of a LoRA that PEFT wrote: one term for each rank and alpha, with its sites by path."""
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type {config.get('peft_type')!r} cannot be read.", where=str(folder / CONFIG), hints=["Readable here:  LORA"])
-    unread = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "use_qalora": False, "target_parameters": None}
-    for key, plain in unread.items():
-        if config.get(key, plain) not in (plain, [], None):
-            raise AdapterError(f"{key}={config[key]!r} cannot be read.", where=str(folder / CONFIG), hints=[f"Readable here:  {key}={plain!r}"])
+        what = f"peft_type {config.get('peft_type')!r} cannot be read."
+        raise AdapterError(what, where=str(folder / CONFIG), hints=["Readable here:  LORA"])
+    for key, plain in _PLAIN.items():
+        value = config.get(key)
+        if value and value not in plain:
+            shown = " or ".join(repr(each) for each in plain) or "null"
+            raise AdapterError(f"{key}={value!r} cannot be read.", where=str(folder / CONFIG), hints=[f"Readable here:  {key}={shown}"])
     paths = sorted(key.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
     if not paths:
         raise AdapterError("no LoRA matrices inside.", where=str(folder / WEIGHTS))
-    return _expression_of(config, paths)
+    try:
+        groups: dict[tuple[int, float], list[str]] = {}
+        for path in paths:
+            rank, alpha = _for_path(config, "r", "rank_pattern", path), _for_path(config, "lora_alpha", "alpha_pattern", path)
+            groups.setdefault((rank, alpha), []).append(path)
+    except (KeyError, TypeError, AttributeError, re.error) as cause:
+        raise AdapterError(f"rank and alpha cannot be read: {cause!r}.", where=str(folder / CONFIG)) from None
+    method, dropout = "rslora" if config.get("use_rslora") else "lora", config.get("lora_dropout") or 0.0
+    return " + ".join(f"{method}(rank={r}, alpha={a}, dropout={dropout}, sites={sites})" for (r, a), sites in groups.items())
 
 
-def _expression_of(config: dict[str, Any], paths: list[str]) -> str:
-    method = "rslora" if config.get("use_rslora") else "lora"
-    listed = ", ".join(repr(path) for path in paths)
-    return f"{method}(rank={config['r']}, alpha={config['lora_alpha']}, dropout={config.get('lora_dropout') or 0.0}, sites=[{listed}])"
+def _for_path(config: dict[str, Any], key: str, patterns: str, path: str) -> Any:
+    """A setting of one module: PEFT takes the first pattern that matches the end of its path, as a regular expression."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return config[key]
 
 
-def _token_indices(config: dict[str, Any]) -> list[int]:
+def _token_indices(config: dict[str, Any], folder: Path) -> list[int]:
+    """Words whose vectors are trained, in the order of their rows; the same ones at every table."""
     given = config.get("trainable_token_indices") or []
-    return sorted({index for part in given.values() for index in part}) if isinstance(given, dict) else sorted(given)
-
-
-def _check_rows(adapter: Adapter, indices: list[int], folder: Path) -> None:
-    for rows in adapter.rows.values():
-        if indices != list(range(rows.first, rows.first + rows.rows.shape[0])):
-            raise AdapterError(
-                f"trains the vectors of words {indices}, which are not the last of the vocabulary.",
-                where=str(folder / CONFIG),
-                hints=["Give the base the same new_tokens as the adapter was made with."],
-            )
-
-
-def _check_pattern(config: dict[str, Any], path: str, form: LowRank, folder: Path) -> None:
-    for key, value in (("rank_pattern", form.rank), ("alpha_pattern", form.alpha)):
-        for pattern, other in (config.get(key) or {}).items():
-            if (path == pattern or path.endswith("." + pattern)) and other != value:
-                raise AdapterError(f"{key} gives '{path}' its own value, which cannot be read.", where=str(folder / CONFIG))
+    lists = [list(words) for words in given.values()] if isinstance(given, dict) else [list(given)]
+    if any(words != lists[0] for words in lists):
+        raise AdapterError("trainable_token_indices differ from table to table, which cannot be read.", where=str(folder / CONFIG))
+    return lists[0] if lists else []
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -181,11 +212,5 @@ def _read(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as cause:
-        raise AdapterError(f"is damaged or no safetensors file: {cause}.", where=str(path), hints=["Copy or train the adapter again."]) from None
-
-
-def total_bytes(folder: Path) -> int:
-    """Bytes on disk of a saved adapter."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-
-
+        what = f"is damaged or no safetensors file: {cause}."
+        raise AdapterError(what, where=str(path), hints=["Copy or train the adapter again."]) from None

@@ -45,7 +45,7 @@ class LowRank(nn.Module):
 class TokenRows(nn.Module):
     """Trained vectors for some words of a table, in place of the frozen ones.
 
-    rows [words, width], fp32, beginning as the table has them. words: their ids, rising. active: switched on.
+    rows [words, width], fp32, beginning as the table has them. words: their ids. active: switched on.
     """
 
     words: Tensor

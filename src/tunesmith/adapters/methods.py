@@ -6,6 +6,7 @@ signatures below and nothing is accepted and ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -41,19 +42,24 @@ def method(name: str) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
     return lambda function: METHODS.add(name, function)
 
 
-def _names(value: Sequence[str] | str) -> tuple[str, ...]:
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else tuple(value)
+def _names(name: str, value: Sequence[str] | str) -> tuple[str, ...]:
+    names = tuple(value.replace(",", " ").split()) if isinstance(value, str) else tuple(value)
+    if not names or not all(isinstance(each, str) for each in names):
+        raise AdapterError(f"{name}: a list of names is needed, not {value!r}.")
+    return names
 
 
 def _low_rank(
     name: str, rank: int, alpha: float, dropout: float, sites: Sequence[str] | str, layers: Sequence[int] | None, *, stabilised: bool
 ) -> Plan:
-    if not isinstance(rank, int) or rank < 1:
+    if type(rank) is not int or rank < 1:
         raise AdapterError(f"{name}: rank must be a whole number of at least 1, not {rank!r}.")
     if not 0 <= dropout < 1:
         raise AdapterError(f"{name}: dropout must lie in [0, 1), not {dropout}.")
+    if not 0 < alpha < math.inf:
+        raise AdapterError(f"{name}: alpha must be a number above 0, not {alpha}.")
     form = {"rank": rank, "alpha": float(alpha), "dropout": float(dropout), "stabilised": stabilised}
-    return Plan(name, "listen", _names(sites), None if layers is None else tuple(layers), form)
+    return Plan(name, "listen", _names(name, sites), None if layers is None else tuple(layers), form)
 
 
 @method("lora")
@@ -83,7 +89,7 @@ def layers(*, last: int | None = None, only: Sequence[int] | None = None) -> Pla
     """Every parameter of the last k blocks, or of the blocks named (from 0; negative counts from the end)."""
     if (last is None) == (only is None):
         raise AdapterError("layers needs exactly one of last=K or only=[...].", hints=["For example:  layers(last=4)"])
-    if last is not None and (not isinstance(last, int) or last < 1):
+    if last is not None and (type(last) is not int or last < 1):
         raise AdapterError(f"layers: last must be a whole number of at least 1, not {last!r}.")
     return Plan("layers", "in-place", last=last, layers=None if only is None else tuple(only))
 
@@ -91,7 +97,7 @@ def layers(*, last: int | None = None, only: Sequence[int] | None = None) -> Pla
 @method("modules")
 def modules(*, names: Sequence[str] | str) -> Plan:
     """The parameters whose path matches one of the names: a module or parameter path, a part of it, or with * as wildcard."""
-    return Plan("modules", "in-place", names=_names(names))
+    return Plan("modules", "in-place", names=_names("modules", names))
 
 
 def plan(expression: str) -> list[Plan]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -57,7 +58,7 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def widths(module: nn.Module) -> tuple[int, int] | None:
+def widths(module: Any) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear map of any make: nn.Linear, a quantised one, transformers' Conv1D; None otherwise."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)
@@ -94,9 +95,10 @@ def select(model: nn.Module, names: Sequence[str] | str, layers: Iterable[int] |
     wanted = _wanted(names)
     paths = [name for name in wanted if "." in name]
     if paths:
-        if len(paths) < len(wanted) or layers is not None:
-            raise AdapterError("module paths among the sites can be mixed neither with site names nor with layers=.")
-        return _by_path(model, paths)
+        if layers is not None:
+            raise AdapterError("layers= cannot be given with sites that are module paths, which name their layers.")
+        names = [name for name in wanted if "." not in name]
+        return _by_path(model, paths) + (select(model, names) if names else [])
     every = find_sites(model)
     present = list(dict.fromkeys(site.name for site in every))
     for name in wanted:

@@ -7,7 +7,7 @@ and in `head_weight`, for whoever multiplies with the head's weight without call
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ def attach_words(model: Any, words: Sequence[int], name: str, *, trained: Iterab
     for module in (embedding,) if head is None or shared else (embedding, head):
         if id(module.weight) in whole:
             continue
-        if max(words) >= module.weight.shape[0]:
-            raise AdapterError(f"word {max(words)} has no vector: the model's table ends at {module.weight.shape[0] - 1}.")
+        if not 0 <= min(words) <= max(words) < module.weight.shape[0]:
+            raise AdapterError(f"words {min(words)} to {max(words)}: the model has vectors for 0 to {module.weight.shape[0] - 1}.")
         rows = TokenRows(module.weight, words).to(module.weight.device)
         _owned(module)[name] = rows
         out[paths[id(module)]] = rows
@@ -61,17 +61,16 @@ def remove_words(model: Any, name: str) -> None:
 
 def head_weight(head: nn.Module) -> Tensor:
     """The head's weight with the rows that are switched on in their places, [vocab, width]."""
-    weight: Tensor = head.weight
+    weight: Any = head.weight
     for rows in head.__dict__.get("ts_words", ()):
         weight = rows.weight(weight)
-    return weight
+    return cast(Tensor, weight)
 
 
-def _owned(module: nn.Module) -> nn.ModuleDict:
+def _owned(module: Any) -> nn.ModuleDict:
     if not hasattr(module, "ts_rows"):
         module.ts_rows = nn.ModuleDict()
-    owned: nn.ModuleDict = module.ts_rows
-    return owned
+    return cast(nn.ModuleDict, module.ts_rows)
 
 
 def _embed(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -87,12 +86,3 @@ def _logits(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         new = nn.functional.linear(args[0], rows.rows.to(args[0].dtype), bias)
         out = out.index_copy(-1, rows.words, new.to(out.dtype))
     return out
-
-
-def check_words(words: Sequence[int]) -> list[int]:
-    """Ids in rising order. Raises AdapterError for one below zero."""
-    ordered = sorted(set(words))
-    if ordered and ordered[0] < 0:
-        raise AdapterError(f"{ordered[0]} is not the id of a word.")
-    return ordered
-

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kind = Literal["decoder", "encoder"]
+Special = Literal["text", "refuse", "trust"]
+SystemTurn = Literal["template", "user"]
 
 
 @dataclass(slots=True, eq=False)
@@ -21,7 +23,9 @@ class Base:
     fingerprint: content hash of weights, configuration and added tokens. context_length: tokens a row may have at most
     (None where the model sets no limit). decisions: lines for the terminal, each with its reason. template: the chat
     template that replaces the tokenizer's own, None where the own one is used (`tokenizer.chat_template` is already the
-    one in force). new_token_ids: ids whose embedding rows were added for this task and have to be trained.
+    one in force, except for "plain", which is built in). special: what to do with special-token text in the data.
+    system_turn: whether system turns go to the template, or to the head of the first user turn. template_variables: more
+    names for the template. new_token_ids: ids whose embedding rows were added for this task and have to be trained.
     """
 
     model: PreTrainedModel
@@ -36,6 +40,9 @@ class Base:
     device: torch.device
     context_length: int | None
     template: str | None = None
+    special: Special = "text"
+    system_turn: SystemTurn = "template"
+    template_variables: dict[str, Any] = field(default_factory=dict)
     new_token_ids: list[int] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
 

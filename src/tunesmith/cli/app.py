@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from tunesmith import __version__
 from tunesmith.cli import chat, climb, compare, data, demo, doctor, evaluate, generate, train
 from tunesmith.cli.common import Session, complain
 from tunesmith.core.errors import TunesmithError
@@ -52,10 +52,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        try:
-            typer.echo(f"tunesmith {metadata.version('tunesmith')}")
-        except metadata.PackageNotFoundError:
-            typer.echo("tunesmith, run from a checkout that was never installed")
+        typer.echo(f"tunesmith {__version__}")
         raise typer.Exit
 
 

@@ -17,8 +17,10 @@ def climb(ctx: typer.Context, spec: SpecFile, overrides: Overrides = None, resum
       tunesmith climb reviews.yaml
       tunesmith climb reviews.yaml 'climb.rungs=\\[zero_shot, sft]' name=two
     """
-    from tunesmith.ladder.climb import climb
     from tunesmith.spec import load_spec
 
-    report, paths = climb(load_spec(spec, overrides or []), resume=resume, overwrite=overwrite, reporter=session(ctx).reporter)
+    asked = load_spec(spec, overrides or [])  # before the engine is imported: a mistake is told at once
+    from tunesmith.ladder.climb import climb
+
+    report, paths = climb(asked, resume=resume, overwrite=overwrite, reporter=session(ctx).reporter)
     show_climb(report, paths)

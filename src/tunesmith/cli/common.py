@@ -23,19 +23,23 @@ SYSTEM_FORMS = "a hub id, a folder, a .gguf file, pypi:NAME==VERSION, or a finis
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The run's description, a YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the spec to set, such as train.lr=1e-4.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the spec to set, such as train.lr=1e-4.", show_default=False),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run of this name was stopped.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run of this name first.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 System = Annotated[str, typer.Argument(metavar="SYSTEM", help=f"What is asked: {SYSTEM_FORMS}.", show_default=False)]
-SystemTurn = Annotated[str | None, typer.Option("--system", metavar="TEXT", help="System turn; default: the template's own.", show_default=False)]
+SystemTurn = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="System turn; default: the template's own.", show_default=False)
+]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
 TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens that hold this much probability.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Sample from so many of the likeliest tokens; 0: from all.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Leave out tokens below this share of the likeliest one's probability.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest answer, in tokens.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; may be repeated.", show_default=False)]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; may be repeated.", show_default=False)
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
@@ -87,17 +91,22 @@ def part(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if not is_override(word)], [word for word in words if is_override(word)]
 
 
+def refuse_foreign(overrides: Sequence[str], sections: Sequence[str]) -> None:
+    """Refuse keys that would change nothing. sections: the parts of a spec that do."""
+    for word in overrides:
+        if word.split("=")[0].split(".")[0] not in sections:
+            allowed = " and ".join(f"{section}.*" for section in sections)
+            raise SpecError(
+                f"'{word}' changes nothing here; {allowed} do.", hints=["For example:  data.columns.text=tweet  ·  task.metric=macro_f1"]
+            )
+
+
 def question_spec(systems: Sequence[str], spec_file: Path | None, overrides: Sequence[str]) -> Spec | None:
     """How questions are to be read and asked: as the given spec says, else as the first run was trained; None where nothing says it."""
     from tunesmith.engine.runs import is_run
     from tunesmith.spec import load_spec, make_spec
 
-    foreign = [word for word in overrides if word.split("=")[0].split(".")[0] not in ("data", "task")]
-    if foreign:
-        raise SpecError(
-            f"'{foreign[0]}' changes nothing here: only data.* and task.* say how questions are read and asked.",
-            hints=["For example:  data.columns.text=tweet  ·  task.metric=macro_f1"],
-        )
+    refuse_foreign(overrides, ("data", "task"))
     if spec_file is not None:
         return load_spec(spec_file, overrides)
     for run in filter(is_run, systems):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tunesmith.cli.common import SYSTEM_FORMS, AsJson, part, question_spec, session, stdout
+from tunesmith.cli.show import show_comparison
 
 
 def compare(
@@ -15,13 +16,15 @@ def compare(
     rest: Annotated[
         list[str],
         typer.Argument(
-            metavar="SYSTEM SYSTEM... [KEY=VALUE]...",
-            help=f"What is compared, cheapest first: {SYSTEM_FORMS}; and data.* or task.* keys to set.",
+            metavar="SYSTEM|KEY=VALUE",
+            help=f"Two or more that are compared, cheapest first: {SYSTEM_FORMS}; and data.* or task.* keys to set.",
             show_default=False,
         ),
     ],
     questions: Annotated[str, typer.Option("--questions", metavar="FILE", help="A data source with gold answers.", show_default=False)],
-    spec: Annotated[Path | None, typer.Option("--spec", metavar="FILE", help="Spec that says how to read and ask.", show_default=False)] = None,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", metavar="FILE", help="Spec that says how to read and ask.", show_default=False)
+    ] = None,
     margin: Annotated[float, typer.Option("--margin", min=0.001, max=0.5, help="Differences within it count as equivalent.")] = 0.02,
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Also write a report there.", show_default=False)] = None,
     as_json: AsJson = False,
@@ -35,12 +38,13 @@ def compare(
       tunesmith compare runs/a runs/b --questions test.jsonl --report comparison
     """
     from tunesmith.api import compare
-    from tunesmith.cli.show import show_differences
     from tunesmith.report import write_report
 
     systems, overrides = part(rest)
     if len(systems) < 2:
-        raise typer.BadParameter(f"a comparison needs at least two systems; given: {', '.join(systems) or 'none'}", param_hint="SYSTEM SYSTEM...")
+        raise typer.BadParameter(
+            f"a comparison needs at least two systems; given: {', '.join(systems) or 'none'}", param_hint="SYSTEM SYSTEM..."
+        )
     described = question_spec(systems, spec, overrides)
     found = compare(
         *systems,
@@ -55,7 +59,6 @@ def compare(
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
         return
-    stdout().print(found)
-    show_differences(made)
+    show_comparison(found, made)
     if paths:
         stdout().print(f"report    {paths.html}", soft_wrap=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tunesmith.cli.common import SYSTEM_FORMS, part, session, stdout
-from tunesmith.core.errors import DataError, SpecError
+from tunesmith.cli.common import SYSTEM_FORMS, part, refuse_foreign, session, stdout
+from tunesmith.core.errors import SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from tunesmith.data.rendering import Renderer
     from tunesmith.spec import Spec
 
-COUNTED = 2000
-"""Rows that the counts are taken over, at most."""
+READ, COUNTED = 100_000, 2_000
+"""Samples that are read (to know the labels), and that are counted in tokens, at most."""
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Look at data before anything is trained on it.")
 
@@ -34,15 +35,20 @@ def _group() -> None:
 @app.command("show")
 def show(
     ctx: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="FILE", help="A data source: a file, a folder, pypi:..., or hub:...", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A data source: a file, a folder, pypi:..., or hub:...", show_default=False)
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.* and task.* keys to set.", show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="data.* and task.* keys to set.", show_default=False)
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help=f"Whose tokens to show: {SYSTEM_FORMS}.", show_default=False)] = None,
-    spec: Annotated[Path | None, typer.Option("--spec", metavar="SPEC", help="Show rows as this spec trains on them.", show_default=False)] = None,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", metavar="SPEC", help="Show rows as this spec trains on them.", show_default=False)
+    ] = None,
     rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows to show.")] = 3,
     columns: Annotated[
-        list[str] | None, typer.Option("--columns", metavar="ROLE=COLUMN", help="Which column is what; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option("--columns", metavar="ROLE=COLUMN", help="Which column is what; may be repeated.", show_default=False),
     ] = None,
 ) -> None:
     """Show rows as the model reads them, and which tokens it is trained on.
@@ -54,16 +60,14 @@ def show(
       tunesmith data show tweets.csv --columns text=tweet --columns label=mood -n 5
       tunesmith data show reviews.jsonl --spec reviews.yaml
     """
-    from tunesmith.ladder.data import read
-
     described = _describe(base, spec, overrides or [], columns or [])
-    records = read(described.data, source)
+    records = _read(described, source)
     messages = _solved(described, records)
     console = stdout()
     if base is None and spec is None:
         for record, dialogue in zip(records[:rows], messages, strict=False):
             _show_words(console, record, dialogue)
-        console.print(f"{len(records):,} rows. Name a base to see tokens:  tunesmith data show {source} --base BASE", soft_wrap=True)
+        console.print(f"{_many(records)} rows. Name a base to see tokens:  tunesmith data show {source} --base BASE", soft_wrap=True)
         return
     tokenizer, renderer = _tokenizer(described, session(ctx).reporter)
     _show_tokens(console, described, tokenizer, renderer, records, messages, rows)
@@ -71,23 +75,36 @@ def show(
 
 def _describe(base: str | None, spec_file: Path | None, overrides: Sequence[str], columns: Sequence[str]) -> Spec:
     """The spec that says how rows are read and rendered."""
-    from tunesmith.engine.runs import is_run
     from tunesmith.spec import load_spec, make_spec
 
     for word in columns:
         role, equals, column = word.partition("=")
         if not (role and equals and column):
-            raise SpecError(f"'{word}' is no column mapping.", where="--columns", hints=["Form:  --columns ROLE=COLUMN, for example text=tweet"])
+            raise SpecError(
+                f"'{word}' is no column mapping.", where="--columns", hints=["Form:  --columns ROLE=COLUMN, for example text=tweet"]
+            )
     files, keys = part(overrides)
     if files:
-        raise SpecError(f"'{files[0]}' is no override.", hints=["Form:  key=value, for example  data.shape=text", "One source is shown at a time."])
-    named = [f"base.model={base}"] if base is not None and not is_run(base) else []
-    words = [*keys, *(f"data.columns.{word}" for word in columns), *named]
+        raise SpecError(
+            f"'{files[0]}' is no override.", hints=["Form:  key=value, for example  data.shape=text", "One source is shown at a time."]
+        )
+    named = base is not None or spec_file is not None
+    refuse_foreign(keys, ("data", "task", "base") if named else ("data", "task"))
+    words = [*keys, *(f"data.columns.{word}" for word in columns)]
     if spec_file is not None:
-        return load_spec(spec_file, words)
-    if base is not None and is_run(base):
-        return load_spec(Path(base) / "spec.yaml", words)
-    return make_spec({"base": base or "none"}, words, where="the given keys")
+        return load_spec(spec_file, [*words, *([f"base.model={base}"] if base is not None else [])])
+    if base is None:
+        return make_spec({"base": "none"}, words, where="the given keys")
+    from tunesmith.engine.runs import is_run
+
+    return load_spec(Path(base) / "spec.yaml", words) if is_run(base) else make_spec({"base": base}, words, where="the given keys")
+
+
+def _read(described: Spec, source: str) -> list[Record]:
+    """The first samples of a source."""
+    from tunesmith.ladder.data import iter_source
+
+    return list(islice(iter_source(described.data, source), READ))
 
 
 def _solved(described: Spec, records: Sequence[Record]) -> list[tuple[Message, ...]]:
@@ -120,6 +137,10 @@ def _tokenizer(described: Spec, reporter: Reporter) -> tuple[Any, Renderer]:
     return tokenizer, renderer_for(tokenizer)
 
 
+def _many(samples: Sequence[Record]) -> str:
+    return f"{len(samples):,}" if len(samples) < READ else f"{READ:,} or more"
+
+
 def _show_words(console: Console, record: Record, dialogue: Sequence[Message]) -> None:
     from rich.text import Text
 
@@ -129,7 +150,9 @@ def _show_words(console: Console, record: Record, dialogue: Sequence[Message]) -
     for message in dialogue:
         role = str(message.get("role"))
         text = Text(f"{role}: ", style="bold")
-        text.append(str(message.get("content") or message.get("tool_calls") or ""), style="green" if role == "assistant" else "not bold dim")
+        text.append(
+            str(message.get("content") or message.get("tool_calls") or ""), style="green" if role == "assistant" else "not bold dim"
+        )
         console.print(text, soft_wrap=True)
     console.print()
 
@@ -156,13 +179,13 @@ def _show_tokens(
         console.print(coloured(tokenizer, row) if console.is_terminal else plain(tokenizer, row), soft_wrap=True)
         console.print()
     tokens, supervised, longest = sum(r.tokens for r in made), sum(r.supervised_tokens for r in made), max(r.tokens for r in made)
-    counted = "" if len(samples) <= len(made) or len(samples) <= COUNTED else f" (counted over the first {COUNTED:,} of {len(samples):,})"
-    console.print(
-        f"{len(made):,} rows{counted} · {tokens:,} tokens · {supervised:,} trained on ({supervised / tokens:.1%}) · longest row {longest:,} tokens",
-        soft_wrap=True,
-    )
+    counted = f" (the first {COUNTED:,} of {_many(samples)} samples)" if len(samples) > max(COUNTED, rows) else ""
+    share = f"{supervised:,} trained on ({supervised / tokens:.1%})"
+    console.print(f"{len(made):,} rows{counted} · {tokens:,} tokens · {share} · longest row {longest:,} tokens", soft_wrap=True)
     limit = described.data.max_tokens
     if limit is not None and (over := sum(row.tokens > limit for row in made)):
-        console.print(f"{over:,} rows are over data.max_tokens={limit:,}; with data.overlong={described.data.overlong} training would say so.")
+        console.print(
+            f"{over:,} rows are over data.max_tokens={limit:,}; with data.overlong={described.data.overlong} training would say so."
+        )
     for note, count in notes_of(made).items():
         console.print(f"note: {note} ({count:,} rows)", style="yellow", soft_wrap=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def generate(
     system: System,
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT...", help="What to ask; '-' reads prompts from stdin, one a line.", show_default=False)
+        list[str], typer.Argument(metavar="PROMPT", help="What to ask; '-' reads prompts from stdin, one a line.", show_default=False)
     ],
     system_turn: SystemTurn = None,
     temperature: Temperature = 0.0,

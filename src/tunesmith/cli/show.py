@@ -13,13 +13,13 @@ from tunesmith.cli.common import stdout
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tunesmith.evaluation.results import Evaluation
-    from tunesmith.ladder.training import Run
-    from tunesmith.report import ReportPaths
     from rich.table import Table
     from rich.text import Text
 
-    from tunesmith.evaluation.results import ClassScore
+    from tunesmith.evaluation.results import ClassScore, Evaluation
+    from tunesmith.ladder.comparison import Comparison
+    from tunesmith.ladder.training import Run
+    from tunesmith.report import ReportPaths
     from tunesmith.report.schema import Answer, Question, Report
 
 HANDFUL = 6
@@ -45,7 +45,9 @@ def show_climb(report: Report, paths: ReportPaths) -> None:
 def show_run(run: Run) -> None:
     """What a finished run ended with, and what can be done with it."""
     result = run.result
-    best = [f"best dev {key.removeprefix('dev_')} {value:.3f} at step {result['best_step']}" for key, value in _dev(result) if value is not None]
+    best = [
+        f"best dev {key.removeprefix('dev_')} {value:.3f} at step {result['best_step']}" for key, value in _dev(result) if value is not None
+    ]
     spent = f"{result['steps']} steps in {result['train_seconds']:.0f} s, peak {result['peak_memory_mb']:,.0f} MB"
     console = stdout()
     console.print(" · ".join([f"trained   {run.folder}", spent, *best]), soft_wrap=True)
@@ -82,7 +84,7 @@ def show_evaluation(evaluation: Evaluation, history: str = "") -> None:
         console.print(_class_table(classes))
 
 
-def _class_table(classes: Sequence[Any]) -> Any:
+def _class_table(classes: Sequence[ClassScore]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -121,28 +123,49 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def show_differences(report: Report) -> None:
+def show_comparison(comparison: Comparison, report: Report) -> None:
+    """The table of systems, a line for each verdict, and a handful of questions that they answer differently."""
+    from rich.text import Text
+
+    from tunesmith.report.terminal import STYLES
+
+    console, names = stdout(), [system.name for system in comparison.systems]
+    console.print(comparison)
+    console.print()
+    for (a, b), made in comparison.verdicts.items():
+        text = Text(f"{names[a]} against {names[b]}: ").append(made.verdict, style=STYLES[made.verdict])
+        more = f", {made.questions_needed:,} more questions would decide it" if made.questions_needed else ""
+        text.append(f" ({made.wins:,} won, {made.losses:,} lost, p = {made.p_adjusted:.2g}{more})")
+        console.print(text, soft_wrap=True)
+    _show_differences(report)
+
+
+def _show_differences(report: Report) -> None:
     """A handful of questions that the systems answer differently, side by side."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    apart = [question for question in report.questions if _differ(question)][:HANDFUL]
-    if not apart:
+    first, last = report.rungs[0].name, report.rungs[-1].name
+    apart = [question for question in report.questions if len(set(_scores(question).values())) > 1]
+    won = [question for question in apart if _scores(question)[last] > _scores(question)[first]]
+    others = [question for question in apart if question not in won]
+    shown = [*won[: max(HANDFUL // 2, HANDFUL - len(others))], *others[: max(HANDFUL // 2, HANDFUL - len(won))]]
+    if not shown:
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title=Text("Where they differ"), title_justify="left", title_style="bold")
     table.add_column("question", ratio=2)
     table.add_column("gold")
     for rung in report.rungs:
         table.add_column(Text(rung.name), ratio=1)
-    for question in apart:
+    for question in shown:
         answers = [_answer(question.answers[rung.name]) for rung in report.rungs]
         table.add_row(Text(_short(question.text)), Text(_short(question.gold)), *answers)
     stdout().print(table)
 
 
-def _differ(question: Question) -> bool:
-    return len({answer.score if answer.score is not None else answer.correct for answer in question.answers.values()}) > 1
+def _scores(question: Question) -> dict[str, float]:
+    return {name: answer.score if answer.score is not None else float(answer.correct) for name, answer in question.answers.items()}
 
 
 def _answer(answer: Answer) -> Text:

@@ -17,7 +17,9 @@ def train(ctx: typer.Context, spec: SpecFile, overrides: Overrides = None, resum
       tunesmith train reviews.yaml
       tunesmith train reviews.yaml train.lr=1e-4 name=slower
     """
-    from tunesmith.api import train
     from tunesmith.spec import load_spec
 
-    show_run(train(load_spec(spec, overrides or []), resume=resume, overwrite=overwrite, reporter=session(ctx).reporter))
+    asked = load_spec(spec, overrides or [])  # before the engine is imported: a mistake is told at once
+    from tunesmith.api import train
+
+    show_run(train(asked, resume=resume, overwrite=overwrite, reporter=session(ctx).reporter))

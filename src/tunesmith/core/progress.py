@@ -9,7 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 
 class Task(Protocol):
@@ -46,20 +50,24 @@ class Quiet:
 class Terminal:
     """Lines and a progress bar on stderr, so that stdout stays free for results; plain lines where it is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False)
+        self._bars: Progress | None = None
 
     def line(self, topic: str, text: str) -> None:
         from rich.markup import escape
 
-        self.console.print(f"[bold cyan]{topic:<9}[/] {escape(text)}", soft_wrap=True)
+        self.console.print(f"[bold cyan]{escape(f'{topic:<9}')}[/] {escape(text)}", soft_wrap=True)
 
     @contextmanager
     def work(self, topic: str, total: int, done: int = 0) -> Iterator[Task]:
         if not self.console.is_terminal:
             yield _Lines(self, topic, total, done)
+            return
+        if self._bars is not None:  # work within work gets a line of its own below
+            yield from self._bar(self._bars, topic, total, done)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -71,17 +79,31 @@ class Terminal:
             TimeRemainingColumn(compact=True),
             TextColumn("left"),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _Bar(progress, progress.add_task(topic, total=total, completed=done, note=""))
+        with Progress(*columns, console=self.console, transient=True) as self._bars:
+            try:
+                yield from self._bar(self._bars, topic, total, done)
+            finally:
+                self._bars = None
+
+    def _bar(self, bars: Progress, topic: str, total: int, done: int) -> Iterator[Task]:
+        from rich.markup import escape
+
+        identity = bars.add_task(escape(topic), total=total, completed=done, note="")
+        try:
+            yield _Bar(bars, identity)
+        finally:
+            bars.remove_task(identity)
 
 
 class _Bar:
-    def __init__(self, progress: Any, task: Any) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, bars: Progress, task: TaskID) -> None:
+        self.bars, self.task = bars, task
 
     def advance(self, steps: int = 1, note: str | None = None) -> None:
-        fields = {} if note is None else {"note": note}
-        self.progress.update(self.task, advance=steps, **fields)
+        from rich.markup import escape
+
+        fields: dict[str, Any] = {} if note is None else {"note": escape(note)}
+        self.bars.update(self.task, advance=steps, **fields)
 
 
 class _Lines:

@@ -60,7 +60,7 @@ class Record:
 
     def key(self) -> str:
         """Content hash of the question, stable between runs and machines."""
-        return hashlib.sha256(self.question().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.question().encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def _last(self) -> int | None:
         places = [index for index, message in enumerate(self.messages) if message.get("role") == "assistant"]

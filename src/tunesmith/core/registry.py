@@ -74,12 +74,12 @@ def parse_calls(expression: str, *, kind: str) -> list[Call]:
     text = " ".join(expression.split("\n")).strip()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # "\\d" in a regular expression
+            warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in a regular expression
             warnings.simplefilter("ignore", DeprecationWarning)
             tree = ast.parse(_as_python(text), mode="eval").body
         return [_call(node, kind, expression) for node in _terms(tree)]
     except SyntaxError as cause:
-        raise _malformed(kind, expression, cause.msg) from None
+        raise _malformed(kind, expression, cause.msg.rstrip(".?")) from None
     except (ValueError, RecursionError, MemoryError):
         raise _malformed(kind, expression, "it is no expression of names and options") from None
 

@@ -81,7 +81,9 @@ class Row:
         return [index for index in range(len(self.segments)) if index not in parents]
 
 
-def segment(ids: Sequence[int] | NDArray[Any], supervised: Sequence[bool] | NDArray[Any] | bool = False, parent: int = ROOT, name: str = "") -> Segment:
+def segment(
+    ids: Sequence[int] | NDArray[Any], supervised: Sequence[bool] | NDArray[Any] | bool = False, parent: int = ROOT, name: str = ""
+) -> Segment:
     """A segment from plain lists or arrays; `supervised` may be one value for all tokens."""
     array = np.asarray(ids, dtype=np.int32)
     mask = np.full(array.shape, supervised) if isinstance(supervised, bool) else np.asarray(supervised, dtype=np.bool_)

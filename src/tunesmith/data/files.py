@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tunesmith.core.errors import DataError, SpecError, unknown
+from tunesmith.data.badrows import BadRows
 from tunesmith.data.names import NAMES
 
 LINE_LIMIT = 64 << 20
@@ -45,12 +46,19 @@ class RawRow:
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How to read: see `read_records`."""
+    """How to read: see `read_records`. skipped: where bad rows are counted; None refuses them."""
 
     columns: Mapping[str, str | int] = field(default_factory=dict)
     shape: str | None = None
     encoding: str = "utf-8"
     decode_errors: str = "strict"
+    skipped: BadRows | None = None
+
+    def refuse(self, error: DataError) -> None:
+        """Raise the error of one row, or count it where bad rows are skipped."""
+        if self.skipped is None:
+            raise error
+        self.skipped.add(error)
 
     def __post_init__(self) -> None:
         if self.decode_errors not in DECODE_ERRORS:
@@ -133,7 +141,12 @@ def jsonl_rows(path: Path, shown: str, options: ReadOptions) -> Iterator[RawRow]
     for number, line in text_lines(path, shown, options):
         if line.strip():
             where = f"{shown}, line {number}"
-            yield RawRow(_object(_parsed(line, where, options), where), where)
+            try:
+                fields = _object(_parsed(line, where, options), where)
+            except DataError as cause:
+                options.refuse(cause)
+                continue
+            yield RawRow(fields, where)
 
 
 def _parsed(text: str, where: str, options: ReadOptions) -> Any:
@@ -194,7 +207,12 @@ def json_rows(path: Path, shown: str, options: ReadOptions) -> Iterator[RawRow]:
         return
     for number, row in enumerate(_row_list(_parsed(text, shown, options), shown), 1):
         where = f"{shown}, row {number}"
-        yield RawRow(_object(row, where), where)
+        try:
+            fields = _object(row, where)
+        except DataError as cause:
+            options.refuse(cause)
+            continue
+        yield RawRow(fields, where)
 
 
 def _is_json_lines(path: Path, shown: str, options: ReadOptions) -> bool:

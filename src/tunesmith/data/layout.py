@@ -173,7 +173,7 @@ class Dialogue:
         prompt = self.rendered(index, generation_prompt=True) if index else self._opening(notes)
         if not text.startswith(prompt):
             what = "the prompt as read at use is not how the same dialogue with its answer begins, so the answer cannot be masked exactly"
-            hint = "Use a template whose answers continue its generation prompt:  template=FILE"
+            hint = "Use a template whose answers continue its generation prompt:  base.template=FILE"
             raise self._mismatch(what, {"The prompt at use": prompt, "With its answer": text}, hint)
         answer = text[len(prompt) :]
         end = self.structure.end_of(answer)
@@ -202,7 +202,7 @@ class Dialogue:
             if name not in answer:
                 raise RenderError(
                     f"the {self.structure.template.name} does not write tool calls ('{name}' is missing).",
-                    hints=[f"It writes: {answer[:200]!r}", "Use a template that knows tools:  template=FILE"],
+                    hints=[f"It writes: {answer[:200]!r}", "Use a template that knows tools:  base.template=FILE"],
                 )
         content = str(message.get("content", ""))
         if content.strip() and content.strip() not in answer:

@@ -50,45 +50,78 @@ def longest_path(row: Row) -> int:
 
 
 def fit(rows: Sequence[Row], max_tokens: int, policy: Policy = "error", tokenizer: Any = None) -> tuple[list[Row], LengthReport]:
-    """Rows of which no path is longer than `max_tokens`, and what was done for it.
+    """Rows of which no path is longer than `max_tokens`, and what was done for it; see `Limit`.
+
+    Raises DataError where a row is too long and cannot be shortened, and where nothing is left.
+    """
+    limit = Limit(max_tokens, policy, tokenizer)
+    kept = limit.part(rows)
+    return kept, limit.report()
+
+
+class Limit:
+    """A length limit on rows that come in parts. over: the over-long rows so far.
 
     "error" refuses over-long rows. "drop" leaves them out. "truncate-left-of-prompt" removes tokens from the left of the
     contents of turns, the oldest turn first and system turns last; what the template wrote (bos, headers, the answer
     header) and every supervised token stay. With a tokenizer no character is cut in half.
-    Raises DataError where a row is too long and cannot be shortened, and where nothing is left.
     """
-    if policy not in get_args(Policy):
-        raise unknown("length policy", policy, get_args(Policy))
-    lengths = [longest_path(row) for row in rows]
-    over = [index for index, length in enumerate(lengths) if length > max_tokens]
-    examples = tuple(rows[index].where for index in over[:_SHOWN])
-    longest = max(lengths, default=0)
-    if over and policy == "error":
-        raise _too_long(rows, over, lengths, max_tokens)
-    if policy == "drop":
-        kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_tokens]
-        if over and not kept:
-            raise DataError(f"all {len(rows)} rows are longer than {max_tokens} tokens.", hints=[f"The longest has {longest}."])
-        return kept, LengthReport(policy, max_tokens, len(rows), len(kept), dropped=len(over), longest=longest, examples=examples)
-    done = list(rows)
-    for index in over:
-        done[index] = _shorten(rows[index], lengths[index], max_tokens, tokenizer)
-    cut = sum(lengths[index] - longest_path(done[index]) for index in over)
-    report = LengthReport(policy, max_tokens, len(rows), len(done), truncated=len(over), tokens_cut=cut, longest=longest, examples=examples)
-    return done, report
 
+    def __init__(self, max_tokens: int, policy: Policy = "error", tokenizer: Any = None) -> None:
+        if policy not in get_args(Policy):
+            raise unknown("length policy", policy, get_args(Policy))
+        self.max_tokens, self.policy, self.tokenizer = max_tokens, policy, tokenizer
+        self.rows = self.over = self.longest = self._cut = 0
+        self._shown: list[tuple[str, int]] = []  # the first over-long rows: where they are from, and their tokens
 
-def _too_long(rows: Sequence[Row], over: Sequence[int], lengths: Sequence[int], max_tokens: int) -> DataError:
-    first = rows[over[0]]
-    listed = "; ".join(f"{rows[index].where or f'row {index + 1}'} ({lengths[index]})" for index in over[:_SHOWN])
-    return DataError(
-        f"{len(over)} of {len(rows)} rows are longer than {max_tokens} tokens; the first has {lengths[over[0]]}.",
-        where=first.where,
-        hints=[
-            f"Too long: {listed}{' ...' if len(over) > _SHOWN else ''}",
-            f"Allow more tokens ({max(lengths)} hold all), or choose a policy: drop, truncate-left-of-prompt",
-        ],
-    )
+    def part(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows of this part that may be used. Raises DataError where one has to be shortened and cannot be."""
+        kept = []
+        for row in rows:
+            self.rows += 1
+            length = longest_path(row)
+            self.longest = max(self.longest, length)
+            if length <= self.max_tokens:
+                kept.append(row)
+                continue
+            self.over += 1
+            if len(self._shown) < _SHOWN:
+                self._shown.append((row.where or f"row {self.rows}", length))
+            if self.policy == "truncate-left-of-prompt":
+                kept.append(_shorten(row, length, self.max_tokens, self.tokenizer))
+                self._cut += length - longest_path(kept[-1])
+        return kept
+
+    def report(self) -> LengthReport:
+        """What was done, all parts together. Raises DataError for over-long rows under "error", and where all were dropped."""
+        if self.over and self.policy == "error":
+            raise self._too_long()
+        dropped = self.over if self.policy == "drop" else 0
+        if dropped and dropped == self.rows:
+            raise DataError(f"all {self.rows} rows are longer than {self.max_tokens} tokens.", hints=[f"The longest has {self.longest}."])
+        return LengthReport(
+            self.policy,
+            self.max_tokens,
+            self.rows,
+            self.rows - dropped,
+            dropped=dropped,
+            truncated=self.over - dropped,
+            tokens_cut=self._cut,
+            longest=self.longest,
+            examples=tuple(where for where, _ in self._shown),
+        )
+
+    def _too_long(self) -> DataError:
+        where, length = self._shown[0]
+        listed = "; ".join(f"{place} ({tokens})" for place, tokens in self._shown)
+        return DataError(
+            f"{self.over} of {self.rows} rows are longer than {self.max_tokens} tokens; the first has {length}.",
+            where=where,
+            hints=[
+                f"Too long: {listed}{' ...' if self.over > _SHOWN else ''}",
+                f"Allow more tokens ({self.longest} hold all), or choose a policy: drop, truncate-left-of-prompt",
+            ],
+        )
 
 
 def _shorten(row: Row, length: int, max_tokens: int, tokenizer: Any) -> Row:

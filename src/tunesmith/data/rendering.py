@@ -190,7 +190,7 @@ class Renderer:
             name = dialogue.structure.template.name
             raise RenderError(
                 f"the {name} ends an answer with no token and the tokenizer has no eos token: the model could never learn to stop.",
-                hints=["Use a template that ends each answer:  template=FILE", "Or set the tokenizer's eos_token."],
+                hints=["Use a template that ends each answer:  base.template=FILE", "Or set the tokenizer's eos_token."],
             )
         return str(self.tokenizer.eos_token)
 
@@ -255,7 +255,7 @@ class Renderer:
 
 def _refused(found: Sequence[str]) -> RenderError:
     return RenderError(
-        f"the data contains the text of special tokens: {', '.join(found)}.", hints=["Encode it as plain text:  special='text'"]
+        f"the data contains the text of special tokens: {', '.join(found)}.", hints=["Encode it as plain text:  base.special=text"]
     )
 
 
@@ -288,15 +288,15 @@ def _check_dropped(dialogue: Dialogue) -> None:
     for number, message in enumerate(dialogue.messages):
         content = str(message.get("content", "")).strip()
         if message["role"] != "assistant" and content and content not in text and json.dumps(content, ensure_ascii=False)[1:-1] not in text:
-            hints = [f"The text left out: {content[:80]!r}", "Use a template that writes it:  template=FILE"]
+            hints = [f"The text left out: {content[:80]!r}", "Use a template that writes it:  base.template=FILE"]
             if message["role"] == "system":
-                hints.append("Or join it to the first user turn:  system='user'")
+                hints.append("Or join it to the first user turn:  base.system_turn=user")
             raise RenderError(f"the {name} leaves out message {number + 1} ({message['role']}).", hints=hints)
     for tool in dialogue.tools or ():
         called = str(tool.get("function", tool).get("name"))
         if called not in text:
             raise RenderError(
-                f"the {name} does not write tools ('{called}' is missing).", hints=["Use a template that knows tools:  template=FILE"]
+                f"the {name} does not write tools ('{called}' is missing).", hints=["Use a template that knows tools:  base.template=FILE"]
             )
 
 
@@ -317,14 +317,22 @@ _KEPT = 8
 _RENDERERS: OrderedDict[tuple[int, str], Renderer] = OrderedDict()
 
 
-def renderer_for(tokenizer: Any, template: str | Path | None = None) -> Renderer:
-    """The renderer for a tokenizer and a template; the last few are kept, for as long as the tokenizer stays as it is."""
+def renderer_for(
+    tokenizer: Any,
+    template: str | Path | None = None,
+    *,
+    system: SystemTurn = "template",
+    special: Special = "text",
+    variables: Mapping[str, Any] | None = None,
+) -> Renderer:
+    """The renderer for a tokenizer, a template and options; the last few are kept, for as long as the tokenizer stays as it is."""
     path = Path(template) if isinstance(template, Path) or (isinstance(template, str) and "{" not in template) else None
     changed = path.stat().st_mtime_ns if path and path.is_file() else 0
-    state = repr([str(template), changed, str(tokenizer.chat_template), len(tokenizer), tokenizer.special_tokens_map])
+    options = [system, special, json.dumps(variables or {}, sort_keys=True, default=repr)]
+    state = repr([str(template), changed, options, str(tokenizer.chat_template), len(tokenizer), tokenizer.special_tokens_map])
     key = (id(tokenizer), state)  # the renderer holds the tokenizer, so its id is not given away while the entry lives
     if key not in _RENDERERS:
-        _RENDERERS[key] = Renderer(tokenizer, template=template)
+        _RENDERERS[key] = Renderer(tokenizer, template=template, system=system, special=special, variables=variables)
     _RENDERERS.move_to_end(key)
     while len(_RENDERERS) > _KEPT:
         _RENDERERS.popitem(last=False)

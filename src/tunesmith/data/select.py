@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,8 +72,9 @@ def select(
     """
     if limit is not None and limit < 1:
         raise SpecError(f"a limit is at least 1, and {limit} is not.", where="data.limit")
-    read, kept = _filtered(records, filter or {})
-    filtered = read - len(kept)
+    sieve = Sieve(filter or {})
+    kept = list(sieve.through(records))
+    read, filtered = sieve.read, sieve.read - sieve.kept
     before = len(kept)
     kept = _without_conflicts(kept) if drop_conflicts else kept
     conflicts, before = before - len(kept), len(kept)
@@ -92,23 +93,29 @@ def select(
     return kept, report
 
 
-def _filtered(records: Iterable[Record], wanted: Filter) -> tuple[int, list[Record]]:
-    conditions = {column: _condition(column, value) for column, value in wanted.items()}
-    seen: set[str] = set()
-    columns: dict[str, None] = {}
-    kept, read = [], 0
-    for record in records:
-        read += 1
-        present = [column for column in conditions if record.fields.get(column) not in (None, "")]  # an empty cell is absent
-        seen.update(column for column in conditions if column in record.fields)
-        if len(seen) < len(conditions):
-            columns.update(dict.fromkeys(record.fields))
-        if len(present) == len(conditions) and all(test(record.fields[column], record) for column, test in conditions.items()):
-            kept.append(record)
-    for column in conditions:
-        if read and column not in seen:
-            raise unknown("column", column, columns, where="data.filter", error=DataError)
-    return read, kept
+class Sieve:
+    """A declarative filter that lets records through one at a time. read: how many it was given; kept: how many passed."""
+
+    def __init__(self, wanted: Filter) -> None:
+        self._conditions = {column: _condition(column, value) for column, value in wanted.items()}
+        self.read = self.kept = 0
+
+    def through(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records for which all conditions hold, in order. At the end raises DataError for a column that no record had."""
+        seen: set[str] = set()
+        columns: dict[str, None] = {}
+        for record in records:
+            self.read += 1
+            present = [column for column in self._conditions if record.fields.get(column) not in (None, "")]  # an empty cell is absent
+            if len(seen) < len(self._conditions):
+                seen.update(column for column in self._conditions if column in record.fields)
+                columns.update(dict.fromkeys(record.fields))
+            if len(present) == len(self._conditions) and all(test(record.fields[name], record) for name, test in self._conditions.items()):
+                self.kept += 1
+                yield record
+        for column in self._conditions:
+            if self.read and column not in seen:
+                raise unknown("column", column, columns, where="data.filter", error=DataError)
 
 
 def _condition(column: str, wanted: Any) -> Condition:
@@ -162,7 +169,7 @@ def _equal(value: Any, wanted: Any) -> bool:
     return left == right or (a is not None and a == b)
 
 
-def _answer(record: Record) -> str:
+def answer_of(record: Record) -> str:
     """The answer as an identity: what the assistant says and calls, spaces folded."""
     if record.shape == "label":
         return record.label or ""
@@ -174,7 +181,7 @@ def _without_conflicts(records: Sequence[Record]) -> list[Record]:
     conflicting = set()
     keys = [record.key() for record in records]
     for key, record in zip(keys, records, strict=True):
-        if answers.setdefault(key, _answer(record)) != _answer(record):
+        if answers.setdefault(key, answer_of(record)) != answer_of(record):
             conflicting.add(key)
     return [record for key, record in zip(keys, records, strict=True) if key not in conflicting]
 
@@ -183,7 +190,7 @@ def _without_duplicates(records: Sequence[Record]) -> list[Record]:
     seen: set[tuple[str, str]] = set()
     kept = []
     for record in records:
-        identity = (record.key(), _answer(record))
+        identity = (record.key(), answer_of(record))
         if identity not in seen:
             seen.add(identity)
             kept.append(record)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tunesmith.core.errors import DataError, SpecError, nearest
 from tunesmith.core.record import Record
+from tunesmith.data.badrows import BadRows
 from tunesmith.data.files import RawRow, ReadOptions, json_rows, jsonl_rows, parquet_rows
 from tunesmith.data.hub import open_hub
 from tunesmith.data.shapes import check_options, recognise, to_record
@@ -46,6 +47,7 @@ def read_records(
     encoding: str = "utf-8",
     decode_errors: str = "strict",
     limit: int | None = None,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Record]:
     """Read records one at a time; memory does not grow with the file (except for .json, which is bounded).
 
@@ -56,10 +58,13 @@ def read_records(
     sharegpt, alpaca, prompt, label or text, where the columns allow several. decode_errors: strict, replace, ignore or
     backslashreplace. limit: at most so many records.
 
+    bad_rows: where rows that cannot be used are counted, in place of an error; a file of which no row can be used stays
+    an error, and so does what is wrong with a file as a whole (its encoding, a quote that is never closed).
+
     The first row of each file decides its shape; a row that deviates is an error. Raises DataError (with file and line)
     or SpecError; a source that is not there is reported at the call, everything else as the rows are read.
     """
-    options = ReadOptions(columns or {}, shape, encoding, decode_errors)
+    options = ReadOptions(columns or {}, shape, encoding, decode_errors, bad_rows)
     check_options(options)
     if limit is not None and limit < 0:
         raise SpecError(f"a limit cannot be negative, and {limit} is.", where="data.limit")
@@ -70,11 +75,26 @@ def read_records(
 def _records(parts: Iterable[_Part], options: ReadOptions) -> Iterator[Record]:
     for part in parts:
         reading = None
+        usable, refused = False, options.skipped.count if options.skipped else 0
         for raw in part.rows:
-            reading = reading or recognise(raw, options)
-            yield to_record(raw, reading, options)
-        if reading is None:
-            raise DataError("the file is empty: it has no rows.", where=part.shown)
+            try:
+                reading = reading or recognise(raw, options)
+                record = to_record(raw, reading, options)
+            except DataError as cause:
+                options.refuse(cause)
+                continue
+            usable = True
+            yield record
+        if usable:
+            continue
+        if options.skipped and options.skipped.last and options.skipped.count > refused:
+            raise _none_usable(options.skipped.last, options.skipped.count - refused, part.shown)
+        raise DataError("the file is empty: it has no rows.", where=part.shown)
+
+
+def _none_usable(last: DataError, count: int, shown: str) -> DataError:
+    what = f"none of the {count:,} rows can be used; the last one: {last.what}"
+    return DataError(what, where=last.where or shown, hints=last.hints)
 
 
 def _open(source: str, options: ReadOptions) -> Iterable[_Part]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -41,31 +41,37 @@ def split(records: Sequence[Record], sizes: Mapping[str, Size], *, seed: int = 0
     Raises SpecError for a size that cannot be read, DataError if nothing would be left to train on, or if groups are
     too large for a split.
     """
-    counts = {name: _count(name, size, len(records)) for name, size in sizes.items()}
-    if TRAIN in counts:
-        raise SpecError("train is the rest, and takes no size.", where="data.train", hints=["To use fewer records:  data.limit=N"])
-    if not records:
-        raise DataError("there are no records to split.")
-    if sum(counts.values()) >= len(records):
-        asked = ", ".join(f"{name} {sizes[name]}" for name in counts)
-        what = f"{asked}: {sum(counts.values())} of {len(records)} records leave none to train on."
-        raise DataError(what, hints=["Ask for fewer, or bring more data."])
+    counts = counts_of(sizes, len(records))
     free = _units(records, stratify)
     chosen: dict[str, list[_Unit]] = {}
     for name in sorted(counts, key=lambda name: (name != "test", name)):
-        exact = not _is_share(sizes[name])
+        exact = not is_share(sizes[name])
         taken = _take(free, counts[name], seed, name, exact=exact)
         if sum(map(len, taken)) != counts[name] and (exact or not taken):
-            raise _unreachable(name, counts[name], taken, free)
+            raise unreachable(name, counts[name], sum(map(len, taken)), min(map(len, free), default=0))
         names = {unit.name for unit in taken}
         chosen[name], free = taken, [unit for unit in free if unit.name not in names]
     chosen[TRAIN] = free
     if not free:
-        raise DataError("the groups are too large: none is left to train on.", hints=["Ask for smaller splits, or finer groups."])
+        raise nothing_left()
     return {name: [records[index] for index in sorted(i for unit in chosen[name] for i in unit.members)] for name in (TRAIN, *counts)}
 
 
-def _is_share(size: Size) -> bool:
+def counts_of(sizes: Mapping[str, Size], total: int) -> dict[str, int]:
+    """Records of each split. Raises SpecError for a size that cannot be read, DataError where none would be left for train."""
+    counts = {name: _count(name, size, total) for name, size in sizes.items()}
+    if TRAIN in counts:
+        raise SpecError("train is the rest, and takes no size.", where="data.train", hints=["To use fewer records:  data.limit=N"])
+    if not total:
+        raise DataError("there are no records to split.")
+    if sum(counts.values()) >= total:
+        asked = ", ".join(f"{name} {sizes[name]}" for name in counts)
+        what = f"{asked}: {sum(counts.values())} of {total} records leave none to train on."
+        raise DataError(what, hints=["Ask for fewer, or bring more data."])
+    return counts
+
+
+def is_share(size: Size) -> bool:
     return isinstance(size, float) or (isinstance(size, str) and ("%" in size or "." in size))
 
 
@@ -121,7 +127,10 @@ def _take(free: Sequence[_Unit], count: int, seed: int, name: str, *, exact: boo
     Where large groups leave a gap, strata are given up for the exact number if that is asked for.
     """
     ranked = sorted(free, key=lambda unit: hashlib.sha256(f"{seed}:{name}:{unit.name}".encode()).digest())
-    quotas = _quotas(ranked, count)
+    strata: Counter[str] = Counter()
+    for unit in ranked:
+        strata[unit.stratum] += len(unit)
+    quotas = quotas_of(strata, count)
     taken: list[_Unit] = []
     for unit in ranked:
         if len(unit) <= quotas[unit.stratum]:
@@ -133,15 +142,12 @@ def _take(free: Sequence[_Unit], count: int, seed: int, name: str, *, exact: boo
         if 0 < len(unit) <= gap and unit.name not in names:
             gap -= len(unit)
             taken.append(unit)
-    return _exact(ranked, count) if gap and exact else taken
+    return [ranked[place] for place in exact_sum([len(unit) for unit in ranked], count)] if gap and exact else taken
 
 
-def _quotas(units: Iterable[_Unit], count: int) -> dict[str, int]:
+def quotas_of(sizes: Mapping[str, int], count: int) -> dict[str, int]:
     """Records for each stratum in proportion to its size, rounded by largest remainder, so that they add up."""
-    sizes: Counter[str] = Counter()
-    for unit in units:
-        sizes[unit.stratum] += len(unit)
-    total = sizes.total()
+    total = sum(sizes.values())
     quotas = {stratum: count * size // total for stratum, size in sizes.items()}
     by_remainder = sorted(sizes, key=lambda stratum: (-(count * sizes[stratum] % total), stratum))
     for stratum in by_remainder[: count - sum(quotas.values())]:
@@ -149,12 +155,12 @@ def _quotas(units: Iterable[_Unit], count: int) -> dict[str, int]:
     return quotas
 
 
-def _exact(ranked: Sequence[_Unit], count: int) -> list[_Unit]:
-    """Units of exactly `count` records, or of the largest reachable number below: subset sum over bits of one integer."""
+def exact_sum(sizes: Sequence[int], count: int) -> list[int]:
+    """Places of sizes that sum to `count`, or to the largest reachable number below: subset sum over bits of one integer."""
     reach, last = 1, {}
     within = (1 << (count + 1)) - 1
-    for place, unit in enumerate(ranked):
-        new = ((reach << len(unit)) & within) & ~reach
+    for place, size in enumerate(sizes):
+        new = ((reach << size) & within) & ~reach
         reach |= new
         while new:
             lowest = new & -new
@@ -165,17 +171,21 @@ def _exact(ranked: Sequence[_Unit], count: int) -> list[_Unit]:
     best = reach.bit_length() - 1
     taken = []
     while best:
-        # A sum is first reached with units before those that reach it again, so no unit is met twice on the way down.
-        taken.append(ranked[last[best]])
-        best -= len(taken[-1])
+        # A sum is first reached with places before those that reach it again, so no place is met twice on the way down.
+        taken.append(last[best])
+        best -= sizes[taken[-1]]
     return taken
 
 
-def _unreachable(name: str, count: int, taken: Sequence[_Unit], free: Sequence[_Unit]) -> DataError:
-    found, smallest = sum(map(len, taken)), min(map(len, free), default=0)
+def unreachable(name: str, count: int, found: int, smallest: int) -> DataError:
+    """The error of a split that whole groups cannot fill. found: records that they can; smallest: of one group."""
     hints = [f"Nearest below:  data.{name}={found}"] if found else [f"The smallest group has {smallest} records:  data.{name}={smallest}"]
     what = f"{name} cannot have {count} records, since records of one group, or with the same question, stay together."
     return DataError(what, where=f"data.{name}", hints=hints)
+
+
+def nothing_left() -> DataError:
+    return DataError("the groups are too large: none is left to train on.", hints=["Ask for smaller splits, or finer groups."])
 
 
 @dataclass(frozen=True, slots=True)

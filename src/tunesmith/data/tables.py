@@ -43,7 +43,12 @@ def txt_rows(path: Path, shown: str, options: ReadOptions) -> Iterator[RawRow]:
         where = f"{shown}, line {number}"
         if index == 0:
             separator = _text_separator(line, options.shape, where)
-        yield RawRow(_text_and_label(line, separator, where), where)
+        try:
+            fields = _text_and_label(line, separator, where)
+        except DataError as cause:
+            options.refuse(cause)
+            continue
+        yield RawRow(fields, where)
 
 
 def _text_separator(line: str, shape: str | None, where: str) -> str | None:
@@ -154,9 +159,9 @@ def _named(rows: Iterator[Numbered], shown: str, options: ReadOptions) -> Iterat
             names = [str(position) for position in range(1, len(cells) + 1)]
         if len(cells) != len(names):
             hints = ["A separator inside a text needs quotes around the text.", f"To see the rows:  tunesmith data show {shown}"]
-            raise DataError(
-                f"the row has {len(cells)} cells, the first one has {len(names)} ({', '.join(names)}).", where=where, hints=hints
-            )
+            what = f"the row has {len(cells)} cells, the first one has {len(names)} ({', '.join(names)})."
+            options.refuse(DataError(what, where=where, hints=hints))
+            continue
         yield RawRow(dict(zip(names, cells, strict=True)), where)
 
 

@@ -20,7 +20,7 @@ PLAIN = (
 
 BUILT_IN: Mapping[str, str] = {"plain": PLAIN}
 
-_SYSTEM_HINT = "Join the system text to the first user turn:  system='user'  (or take it out of the data)"
+_SYSTEM_HINT = "Join the system text to the first user turn:  base.system_turn=user  (or take it out of the data)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Template:
             hints.insert(0, f"Line {line}: {_shorten(self.source.splitlines()[line - 1].strip())}")
         if "system" in roles:
             hints.append(_SYSTEM_HINT)
-        hints.append("Or use a template of your own:  template=FILE")
+        hints.append("Or use a template of your own:  base.template=FILE")
         return RenderError(f"{place} refuses this dialogue: {cause} ({type(cause).__name__}).", hints=hints)
 
 
@@ -122,7 +122,7 @@ def _own(tokenizer: Any, name: str | Path | None, tools: Sequence[Mapping[str, A
     except ValueError:
         known = ", ".join(sorted(tokenizer.chat_template))
         raise RenderError(
-            "the tokenizer has several chat templates and none is the default.", hints=[f"Name one:  template=NAME  ({known})"]
+            "the tokenizer has several chat templates and none is the default.", hints=[f"Name one:  base.template=NAME  ({known})"]
         ) from None
 
 

@@ -49,24 +49,37 @@ def packed_attention(
     for name in ("s_aux", "position_bias"):
         if extra.get(name) is not None:
             raise NotImplementedError(f"packed attention has no {name}")
-    causal = bool(getattr(module, "is_causal", True))
+    if dropout:
+        raise NotImplementedError("packed attention has no dropout")
+    given = extra.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if given is None else given)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = attend(*(x[0].transpose(0, 1) for x in (query, key, value)), pack, scale, causal, sliding_window, softcap)
-    return out[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, pack, scale, causal, sliding_window, softcap)[None], None
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float, causal: bool, window: int | None = None, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pack: Pack,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """query [tokens, heads, dim], key and value [tokens, kv heads, dim] -> [tokens, heads, dim]."""
+    products: Any = _Products.apply
+    gather: Any = _Gather.apply
     parts = []
     for bucket in pack.buckets:
         if bucket.query.shape[1] * bucket.key.shape[1] > _LONG and softcap is None:
             parts.append(_fused(query, key, value, bucket, scale, causal, window))
         else:
-            parts.append(_Products.apply(query, key, value, bucket, scale, causal, window, softcap, pack.shared))
+            parts.append(products(query, key, value, bucket, scale, causal, window, softcap))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return _Gather.apply(joined, pack.back)
+    attended: Tensor = gather(joined, pack.back)
+    return attended
 
 
 def _spread(x: Tensor, index: Tensor, groups: int) -> Tensor:
@@ -100,7 +113,6 @@ class _Products(torch.autograd.Function):
         causal: bool,
         window: int | None,
         softcap: float | None,
-        shared: bool,
     ) -> Tensor:
         groups, n = key.shape[1], bucket.query.shape[1]
         q = _spread(query, bucket.query, groups) * scale
@@ -115,7 +127,7 @@ class _Products(torch.autograd.Function):
         stacked.masked_fill_(hidden, float("-inf"))
         p = torch.softmax(scores, -1)
         ctx.save_for_backward(q, k, v, p, slope)
-        ctx.bucket, ctx.scale, ctx.shared, ctx.tokens = bucket, scale, shared, query.shape[0]
+        ctx.bucket, ctx.scale, ctx.tokens = bucket, scale, query.shape[0]
         return _fold(p @ v, n)
 
     @staticmethod
@@ -138,7 +150,7 @@ class _Products(torch.autograd.Function):
         out_q = _scatter(_fold(dq, n), bucket.query, bucket.pad, ctx.tokens, add=False)
         m = bucket.key.shape[1]
         out_k, out_v = (_scatter(_fold(x, m), bucket.key, None, ctx.tokens, add=True) for x in (dk, dv))
-        return out_q, out_k, out_v, None, None, None, None, None, None
+        return out_q, out_k, out_v, None, None, None, None, None
 
 
 def _scatter(x: Tensor, index: Tensor, pad: Tensor | None, tokens: int, *, add: bool) -> Tensor:

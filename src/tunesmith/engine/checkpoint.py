@@ -40,14 +40,16 @@ class Checkpoints:
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], *, best: int | None) -> None:
         """Write a checkpoint whole or not at all, then drop old ones (never the best). Raises RunError when the disk is full."""
-        final = self.path(step)
-        with new_folder(final) as folder:
+        for left_over in self.folder.glob(".step-*.writing"):  # of a process that was killed; the run's lock is ours
+            shutil.rmtree(left_over, ignore_errors=True)
+        with new_folder(self.path(step)) as folder:
             sums = {}
             for name, values in tensors.items():
                 file = folder / f"{name}.safetensors"
                 save_file(values, file)
                 sums[file.name] = _digest(file)
-            (folder / _STATE).write_text(json.dumps({**state, "step": step, "files": sums}, indent=2) + "\n")
+            whole = {**state, "step": step, "files": sums}
+            (folder / _STATE).write_text(json.dumps({**whole, "digest": _digest_of(whole)}, indent=2) + "\n")
         for old in self.steps()[: -self.keep]:
             if old != best:
                 shutil.rmtree(self.path(old), ignore_errors=True)
@@ -57,19 +59,25 @@ class Checkpoints:
         folder = self.path(step)
         try:
             state = json.loads((folder / _STATE).read_text())
+            if state.pop("digest") != _digest_of(state):
+                raise ValueError(f"{_STATE} is not what was written")
             tensors = {}
             for name, digest in state["files"].items():
                 if _digest(folder / name) != digest:
                     raise ValueError(f"{name} is not what was written")
                 tensors[name.removesuffix(".safetensors")] = load_file(folder / name)
-        except (OSError, ValueError, KeyError, SafetensorError) as cause:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as cause:
             raise self._damaged(step, cause) from None
         return tensors, state
 
     def _damaged(self, step: int, cause: Exception) -> RunError:
         others = [other for other in self.steps() if other != step]
         go_on = f"resume then goes on from step {max(others)}" if others else "resume then starts from the beginning"
-        detail = f"missing {cause}" if isinstance(cause, KeyError) else str(cause)
+        detail = str(cause)
+        if isinstance(cause, KeyError):
+            detail = f"{_STATE} lacks {cause}"
+        elif isinstance(cause, OSError):
+            detail = f"{cause.strerror} ({Path(str(cause.filename)).name})"
         return RunError(f"the checkpoint is damaged: {detail}.", where=str(self.path(step)), hints=[f"Remove that folder; {go_on}."])
 
 
@@ -85,24 +93,46 @@ def new_folder(final: Path) -> Iterator[Path]:
             _sync(file)
         _sync(beside)
         if final.exists():
-            shutil.rmtree(final)
-        beside.rename(final)
+            aside = final.with_name(f".{final.name}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
+            beside.rename(final)
+            shutil.rmtree(aside)
+        else:
+            beside.rename(final)
         _sync(final.parent)
     except BaseException as cause:
         shutil.rmtree(beside, ignore_errors=True)
-        if disk_full(cause):
-            raise RunError(
-                "no space left on the device; nothing was half-written.",
-                where=str(final),
-                hints=["Free some space, then go on with --resume from the last whole checkpoint."],
-            ) from None
+        if isinstance(cause, OSError | SafetensorError):
+            raise unwritable(cause, final) from None
         raise
 
 
-def disk_full(cause: BaseException) -> bool:
+def unwritable(cause: OSError | SafetensorError, path: Path) -> RunError:
+    """The error of a file or folder that could not be written, with what to do."""
     if isinstance(cause, OSError):
-        return cause.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(cause, SafetensorError) and "No space left" in str(cause)
+        full, reason = cause.errno in (errno.ENOSPC, errno.EDQUOT), cause.strerror or str(cause)
+    else:
+        full, reason = "No space left" in str(cause), str(cause)
+    if not full:
+        return RunError(f"cannot be written: {reason}.", where=str(path))
+    return RunError(
+        "no space left on the device; nothing was half-written.",
+        where=str(path),
+        hints=["Free some space, then go on with --resume from the last whole checkpoint."],
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and onto the disk. Raises RunError when the disk is full."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        _sync(beside)
+        beside.rename(path)
+    except OSError as cause:
+        beside.unlink(missing_ok=True)
+        raise unwritable(cause, path) from None
 
 
 def _sync(path: Path) -> None:
@@ -111,6 +141,10 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

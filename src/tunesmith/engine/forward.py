@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.adapters import head_weight
 from tunesmith.core.row import Row
 from tunesmith.engine import attention
 from tunesmith.engine.head import target_log_probs
@@ -51,19 +52,14 @@ class Forward:
 
     def __call__(self, pack: Pack) -> Scored:
         """Log-probabilities of the pack's targets under the model with whatever adapters are active."""
+        pack = pack.to(self.model.device)
         hidden = self._packed(pack) if self.packed else self._padded(pack)
         if self.direct_head:
             head = self.model.get_output_embeddings()
-            log_probs = target_log_probs(hidden, self.head_weight(), pack.target, getattr(head, "bias", None))
+            log_probs = target_log_probs(hidden, head_weight(head), pack.target, getattr(head, "bias", None))
         else:
             log_probs = torch.log_softmax(hidden.float(), -1).gather(1, pack.target[:, None])[:, 0]
         return Scored(log_probs, pack)
-
-    def head_weight(self) -> Tensor:
-        """[vocab, width]; a module at the head may offer its weight with trained rows in place (`ts_weight`)."""
-        head = self.model.get_output_embeddings()
-        offered = getattr(head, "ts_weight", None)
-        return offered() if offered is not None else head.weight
 
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
@@ -98,18 +94,17 @@ class Forward:
         with self.attention(attention.NAME), self._noisy(pack.lengths[None]):
             if self.direct_head:
                 out = self.model.base_model(input_ids=ids, position_ids=positions, pack=pack, use_cache=False)
-                return out.last_hidden_state[0].index_select(0, pack.source)
+                hidden: Tensor = out.last_hidden_state[0]
+                return hidden.index_select(0, pack.source)
             out = self.model(input_ids=ids, position_ids=positions, pack=pack, use_cache=False, logits_to_keep=pack.source)
-            return out.logits[0]
+            logits: Tensor = out.logits[0]
+            return logits
 
     def _padded(self, pack: Pack) -> Tensor:
-        batch = unroll(pack)
+        batch = unroll(pack).to(pack.ids.device)
         with self._noisy(batch.lengths[:, None]):
             inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-            if self.direct_head:
-                states = self.model.base_model(**inputs).last_hidden_state
-            else:
-                states = self.model(**inputs).logits
+            states: Tensor = self.model.base_model(**inputs).last_hidden_state if self.direct_head else self.model(**inputs).logits
         return states[batch.source_row, batch.source_at]
 
     @contextmanager
@@ -141,6 +136,10 @@ class Unrolled:
     source_row: Tensor
     source_at: Tensor
     lengths: Tensor
+
+    def to(self, device: torch.device) -> Unrolled:
+        """The same on a device."""
+        return Unrolled(*(x.to(device) for x in (self.ids, self.mask, self.source_row, self.source_at, self.lengths)))
 
 
 def unroll(pack: Pack) -> Unrolled:

@@ -21,8 +21,9 @@ def target_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tenso
     hidden [targets, width]; weight [vocab, width]; target [targets] -> [targets].
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    function = _Trained if trained else _Frozen
-    return function.apply(hidden, weight, target, bias)
+    function: Any = _Trained if trained else _Frozen
+    log_probs: Tensor = function.apply(hidden, weight, target, bias)
+    return log_probs
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -37,7 +37,8 @@ class Model:
     @property
     def renderer(self) -> Renderer:
         """How dialogues become tokens for this base, everywhere."""
-        return renderer_for(self.base.tokenizer, self.base.template)
+        base = self.base
+        return renderer_for(base.tokenizer, base.template, system=base.system_turn, special=base.special, variables=base.template_variables)
 
     def trainable(self) -> int:
         """Values that training may change."""
@@ -54,7 +55,7 @@ class Model:
     def active(self) -> Iterator[None]:
         """Run with exactly this model's adapters, whatever else is attached to the base."""
         with ExitStack() as stack:
-            for adapter in _attached(self.base):
+            for adapter in reversed(_attached(self.base)):  # in-place ones lie upon one another
                 if adapter not in self.adapters:
                     stack.enter_context(adapter.disabled())
             yield
@@ -71,20 +72,30 @@ def forward_of(base: Base) -> Forward:
 
 def _attached(base: Base) -> list[Adapter]:
     """All adapters on the base's model, kept on the model itself so that they live as long as it does."""
-    return base.model.__dict__.setdefault("ts_attached", [])
+    attached: list[Adapter] = base.model.__dict__.setdefault("ts_attached", [])
+    return attached
 
 
 def attach_to(model: Base | Model, expression: str, *, name: str = "", keep_original: bool = True, seed: int = 0) -> Model:
-    """A model with one more adapter, which is the one that training changes; those before it are frozen."""
+    """A model with one more adapter, which is the one that training changes; those before it are frozen.
+
+    Raises AdapterError where another model's adapter has changed the base's own weights, or the expression does not fit.
+    """
     start = model if isinstance(model, Model) else Model(model)
     base = start.base
     forward_of(base)
+    for other in _attached(base):
+        if other.in_place and other not in start.adapters:
+            raise AdapterError(
+                f"'{other.expression}' of another model has changed this base's own weights.",
+                hints=["Detach that model first, attach on top of it, or load the base again."],
+            )
     for adapter in start.adapters:
         adapter.freeze()
     taken = {adapter.name for adapter in _attached(base)}
     unique = name or next(f"adapter{n}" for n in range(len(taken) + 1) if f"adapter{n}" not in taken)
-    new_from = min(base.new_token_ids) if base.new_token_ids and not start.adapters else None
-    adapter = attach(base.model, expression, name=unique, new_from=new_from, keep_original=keep_original, seed=seed)
+    new_words = [] if start.adapters else base.new_token_ids
+    adapter = attach(base.model, expression, name=unique, new_words=new_words, keep_original=keep_original, seed=seed)
     _attached(base).append(adapter)
     return Model(base, [*start.adapters, adapter], start.name)
 

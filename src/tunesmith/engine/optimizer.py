@@ -45,7 +45,9 @@ class Optimizer:
                 parameter.grad = None
         grads = [p.grad for p in self.masters.values() if p.grad is not None]
         if not grads:
-            raise RunError("no trained parameter received a gradient.", hints=["Is the adapter attached to layers that the loss depends on?"])
+            raise RunError(
+                "no trained parameter received a gradient.", hints=["Is the adapter attached to layers that the loss depends on?"]
+            )
         return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
 
     def step(self, lr: float, scale: float) -> None:
@@ -73,7 +75,7 @@ class Optimizer:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(weights, moments) by name: fp32 master weights; `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step`."""
         weights = {name: master.detach().contiguous() for name, master in self.masters.items()}
-        moments = {f"{n}.{key}": value for n, m in self.masters.items() for key, value in self.adamw.state.get(m, {}).items()}
+        moments = {f"{n}.{key}": value.contiguous() for n, m in self.masters.items() for key, value in self.adamw.state.get(m, {}).items()}
         return weights, moments
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,11 @@ class Bucket:
             self._allowed[name] = seen.contiguous()
         return self._allowed[name]
 
+    def to(self, device: torch.device) -> Bucket:
+        """The same on a device."""
+        query, key, query_at, key_at, pad = (x.to(device) for x in (self.query, self.key, self.query_at, self.key_at, self.pad))
+        return Bucket(query, key, query_at, key_at, pad)
+
 
 @dataclass(slots=True)
 class Pack:
@@ -74,6 +79,14 @@ class Pack:
     buckets: list[Bucket]
     back: Tensor
     shared: bool
+
+    def to(self, device: torch.device) -> Pack:
+        """The same on a device; itself if it is there already."""
+        if self.ids.device == device:
+            return self
+        names = ("ids", "positions", "source", "target", "segment", "lengths", "back")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, buckets=[bucket.to(device) for bucket in self.buckets], **moved)
 
     @property
     def tokens(self) -> int:
@@ -173,6 +186,8 @@ def _targets(rows: Sequence[Row], layout: _Layout) -> tuple[np.ndarray, np.ndarr
     for number, (own, above) in enumerate(zip(layout.own, layout.above, strict=True)):
         segment = rows[layout.row[number]].segments[layout.index[number]]
         at = np.flatnonzero(segment.supervised)
+        if len(at) and at[0] + len(above) == 0:
+            raise ValueError("the first token of a path cannot be supervised: nothing predicts it")
         path = np.concatenate([above, own])
         source.append(path[at + len(above) - 1])
         target.append(segment.ids[at].astype(np.int64))
@@ -225,5 +240,6 @@ def _bucket(layout: _Layout, group: list[int], back: np.ndarray, offset: int) ->
         query_at[at, :n], query_at[at, n:], key_at[at, : m + n] = np.arange(m, m + n), m, np.arange(m + n)
         padded[at, :n] = False
         back[own] = offset + at * queries + np.arange(n)
-    tensors = [torch.from_numpy(array) for array in (query, key, query_at, key_at, np.flatnonzero(padded.ravel()))]
-    return Bucket(*tensors)
+    as_tensor = torch.from_numpy
+    pad = as_tensor(np.flatnonzero(padded.ravel()))
+    return Bucket(as_tensor(query), as_tensor(key), as_tensor(query_at), as_tensor(key_at), pad)

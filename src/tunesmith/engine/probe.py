@@ -6,6 +6,9 @@ the numbers agree, the attention interface was really called, and rows do not le
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,8 @@ from tunesmith.core.row import Row, segment, single
 from tunesmith.engine import attention
 from tunesmith.engine.forward import Forward
 from tunesmith.engine.pack import Pack, build_pack
+
+_log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _MAGNIFY = 100.0
@@ -43,7 +48,8 @@ def probe(model: PreTrainedModel) -> Forward:
 
 
 def _rows(model: PreTrainedModel) -> list[Row]:
-    vocabulary = model.get_input_embeddings().num_embeddings
+    table: Any = model.get_input_embeddings()
+    vocabulary = int(table.weight.shape[0])
     ids = np.random.default_rng(0).integers(5, max(6, min(vocabulary, 30_000) - 1), 23)
     tree = Row((segment(ids[:6]), segment(ids[6:10], True, 0, "a"), segment(ids[10:15], True, 0, "b")))
     return [tree, single(ids[15:], [False] + [True] * 7)]
@@ -69,7 +75,11 @@ def _direct_head(forward: Forward, pack: Pack) -> bool:
     finally:
         hook.remove()
     forward.direct_head = True
-    hidden = forward._padded(pack)
+    try:
+        hidden = forward._padded(pack)
+    except Exception as cause:  # a model whose body cannot be called alone, or gives something else
+        _log.debug("the model's body gives no hidden states: %s", cause)
+        return False
     if len(seen) != 1 or hidden.shape[-1] != head.in_features or hidden.dtype != head.weight.dtype:
         return False
     ours = nn.functional.linear(hidden * _MAGNIFY, head.weight, head.bias)
@@ -81,9 +91,11 @@ def _packable(model: PreTrainedModel, pack: Pack, truth: Tensor, direct: bool) -
     own = model.config._attn_implementation
     forward = Forward(model, packed=True, direct_head=direct)
     try:
-        calls = _count_calls(forward, pack)
-        if calls == 0:
+        windows = _windows(forward, pack)
+        if not windows:
             return "its attention does not go through transformers' attention interface"
+        if reason := _masked_layers(model, windows):
+            return reason
         got = forward(pack).log_probs
         if not _close(got, truth, model_dtype=model.dtype):
             return f"a pack differs from rows alone by {float((got - truth).abs().max()):.3f} nats"
@@ -97,21 +109,43 @@ def _packable(model: PreTrainedModel, pack: Pack, truth: Tensor, direct: bool) -
     return ""
 
 
-def _count_calls(forward: Forward, pack: Pack) -> int:
-    calls = 0
+def _windows(forward: Forward, pack: Pack) -> list[int | None]:
+    """Calls of packed attention in a forward of the model: the sliding window of each."""
+    seen: list[int | None] = []
     original = attention.attend
 
-    def counted(*args: object, **kwargs: object) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return original(*args, **kwargs)  # type: ignore[arg-type]
+    def noted(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pack: Pack,
+        scale: float,
+        causal: bool,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        seen.append(window)
+        return original(query, key, value, pack, scale, causal, window, softcap)
 
-    attention.attend = counted
+    attention.attend = noted
     try:
         forward(pack)
     finally:
         attention.attend = original
-    return calls
+    return seen
+
+
+def _masked_layers(model: PreTrainedModel, windows: list[int | None]) -> str:
+    """Empty, or why some layers' attention is narrower than it is told: too short rows would not show it.
+
+    Such layers rely on a mask of the model's own, which a pack does not have.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    if "chunked_attention" in kinds:
+        return "some of its layers attend within chunks"
+    if "sliding_attention" in kinds and all(window is None for window in windows):
+        return "its sliding window is not told to the attention interface"
+    return ""
 
 
 def _leaks(forward: Forward, pack: Pack) -> bool:

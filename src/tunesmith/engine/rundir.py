@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from tunesmith.core.errors import RunError
-from tunesmith.engine.checkpoint import Checkpoints, disk_full
+from tunesmith.engine.checkpoint import Checkpoints, unwritable, write_whole
 from tunesmith.spec import Spec, load_spec
 
 
@@ -27,6 +28,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            (self.path / ".holder").write_text(f"process {os.getpid()}")
         except Timeout:
             holder = self._read_holder()
             raise RunError(
@@ -35,8 +37,8 @@ class RunFolder:
                 hints=["Wait for it, or give this run another name:  name=NAME"],
             ) from None
         except OSError as cause:
-            raise RunError(f"the run folder cannot be written: {cause.strerror}.", where=str(self.path)) from None
-        (self.path / ".holder").write_text(str(os.getpid()))
+            self._lock.release()
+            raise unwritable(cause, self.path) from None
         return self
 
     def __exit__(self, *cause: object) -> None:
@@ -66,19 +68,21 @@ class RunFolder:
                 where=str(self.path),
                 hints=["Go on with it:  --resume", "Or start anew beside it:  name=NAME", "Or overwrite it:  --overwrite"],
             )
-        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-        beside = self.path / ".spec.yaml.writing"  # the spec comes last: a folder with a spec has everything
-        beside.write_text(yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-        beside.rename(self.path / "spec.yaml")
+        write_whole(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
+        text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_whole(self.path / "spec.yaml", text)  # last: a folder with a spec has everything
 
     def clear(self) -> None:
-        """Remove an earlier run's files from the folder (asked for with --overwrite)."""
-        import shutil
-
-        for item in self.path.iterdir():
-            if item.name in (".lock", ".holder"):
-                continue
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+        """Remove an earlier run from its folder (asked for with --overwrite). Raises RunError for a folder that holds no run."""
+        items = [item for item in self.path.iterdir() if item.name not in (".lock", ".holder")]
+        if not self.started and any(item.name != "environment.json" and not item.name.endswith(".writing") for item in items):
+            raise RunError(
+                "the folder holds files and no run; nothing was removed.",
+                where=str(self.path),
+                hints=["Give the run another name:  name=NAME"],
+            )
+        for item in items:
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
     def spec(self) -> Spec:
         """The spec that the run was begun with."""
@@ -97,9 +101,7 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the run's result, whole or not at all."""
-        beside = self.path / ".result.json.writing"
-        beside.write_text(json.dumps(result, indent=2) + "\n")
-        beside.rename(self.path / "result.json")
+        write_whole(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
 
 class Metrics:
@@ -108,7 +110,7 @@ class Metrics:
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
         with path.open("ab") as file:
-            file.truncate(offset)
+            file.truncate(min(offset, path.stat().st_size))
 
     def write(self, **values: Any) -> None:
         """Append one line. Raises RunError when the disk is full."""
@@ -116,9 +118,7 @@ class Metrics:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as cause:
-            if disk_full(cause):
-                raise RunError("no space left on the device.", where=str(self.path), hints=["Free some space, then go on with --resume."]) from None
-            raise
+            raise unwritable(cause, self.path) from None
 
     def offset(self) -> int:
         """Bytes written so far."""
@@ -126,5 +126,8 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The lines of a metrics file, without one that a kill left unfinished; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

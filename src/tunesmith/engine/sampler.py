@@ -7,6 +7,8 @@ row draws from its own counter-based random numbers, so what it says does not de
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from tunesmith.core.errors import RunError
+from tunesmith.core.errors import RunError, SpecError
 from tunesmith.engine.forward import Forward
 
 _SHARE = 24
@@ -36,8 +38,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p < 1 or self.max_new_tokens < 1:
-            raise RunError(f"sampling options out of range: {self}.", hints=["temperature >= 0, 0 < top_p <= 1, top_k >= 0, 0 <= min_p < 1"])
+        tail = 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p < 1
+        if not (0 <= self.temperature < math.inf and tail and self.max_new_tokens >= 1 and all(self.stop)):
+            hints = ["temperature >= 0, 0 < top_p <= 1, top_k >= 0, 0 <= min_p < 1, max_new_tokens >= 1, no empty stop string"]
+            raise SpecError(f"sampling options out of range: {self}.", hints=hints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +73,20 @@ def generate(
     one that leaves no room in the context.
     """
     sampling = sampling or Sampling()
-    _check(forward, prompts, sampling)
+    asked = [[int(token) for token in prompt] for prompt in prompts]
+    _check(forward, asked, sampling)
     job = _Job(forward, tokenizer, sampling, frozenset([*ends, *_own_ends(forward, tokenizer)]), on_text)
     alone = not _can_batch(forward)
-    prefix = [] if alone else _common_prefix(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    out: list[Completion | None] = [None] * len(prompts)
+    prefix = [] if alone or _slides(forward, asked, sampling) else _common_prefix(asked)
+    order = sorted(range(len(asked)), key=lambda index: len(asked[index]))
+    out: list[Completion | None] = [None] * len(asked)
     with forward.attention(forward.own_attention):
-        shared = job.prefill(prefix) if len(prefix) >= _SHARE and len(prompts) > 1 else None
+        shared = job.prefill(prefix) if len(prefix) >= _SHARE and len(asked) > 1 else None
         cut = len(prefix) if shared is not None else 0
         size = 1 if alone else batch
         for at in range(0, len(order), size):
             members = order[at : at + size]
-            for index, done in zip(members, job.decode(members, [prompts[i][cut:] for i in members], shared, cut), strict=True):
+            for index, done in zip(members, job.decode(members, [asked[i][cut:] for i in members], shared, cut), strict=True):
                 out[index] = done
             if progress:
                 progress(len(members))
@@ -95,7 +100,8 @@ def _check(forward: Forward, prompts: Sequence[Sequence[int]], sampling: Samplin
             raise RunError(f"prompt {number + 1} is empty.")
         if context and len(prompt) + sampling.max_new_tokens > context:
             raise RunError(
-                f"prompt {number + 1} has {len(prompt):,} tokens; with {sampling.max_new_tokens} to come it exceeds the context of {context:,}.",
+                f"prompt {number + 1} has {len(prompt):,} tokens; with {sampling.max_new_tokens} to come it exceeds the context of "
+                f"{context:,}.",
                 hints=["Shorten the prompt, use fewer demonstrations, or lower task.max_new_tokens."],
             )
 
@@ -111,7 +117,14 @@ def _can_batch(forward: Forward) -> bool:
     return not getattr(forward.model, "_is_stateful", False)
 
 
-def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
+def _slides(forward: Forward, prompts: Sequence[Sequence[int]], sampling: Sampling) -> bool:
+    """Can a token lie outside of a sliding window? Padding between a shared prefix and a prompt would then narrow the window."""
+    config = forward.model.config.get_text_config()
+    width = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    return width is not None and max(map(len, prompts), default=0) + sampling.max_new_tokens > width
+
+
+def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     """Tokens that all prompts start with, leaving each at least one of its own."""
     if not prompts:
         return []
@@ -120,7 +133,7 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
     n = 0
     while n < limit and first[n] == last[n]:
         n += 1
-    return list(first[:n])
+    return first[:n]
 
 
 class _Job:
@@ -136,6 +149,8 @@ class _Job:
     ) -> None:
         self.model, self.tokenizer, self.sampling, self.ends, self.on_text = forward.model, tokenizer, sampling, ends, on_text
         self.device = next(forward.model.parameters()).device
+        recurrent = "cache_params" in inspect.signature(forward.model.forward).parameters
+        self.cache_name = "cache_params" if recurrent else "past_key_values"
 
     def prefill(self, ids: Sequence[int]) -> Any:
         """The cache of a prefix, for one row."""
@@ -153,11 +168,11 @@ class _Job:
         answers = [_Answer(self, index) for index in members]
         rows = list(range(len(members)))  # answers still in the batch, in its order
         for _ in range(self.sampling.max_new_tokens):
-            arguments: dict[str, Any] = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+            arguments: dict[str, Any] = {"input_ids": ids, self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
             if len(members) > 1:
                 arguments |= {"attention_mask": mask, "position_ids": positions}
             out = self.model(**arguments)
-            cache = out.past_key_values
+            cache = out[self.cache_name]
             chosen = choose(out.logits[:, -1].float(), self.sampling, [(answers[row].seed, len(answers[row].ids)) for row in rows])
             going = [at for at, row in enumerate(rows) if answers[row].take(int(chosen[at]))]
             if not going:
@@ -200,18 +215,29 @@ class _Answer:
             hits = [text.index(word) for word in self.job.sampling.stop if word in text]
             if hits:
                 self.finished, self.text = "stop", text[: min(hits)]
-            self._say(self.text if self.text is not None else text)
+            self._say(self.text if self.text is not None else text[: self._settled(text)])
         return self.finished == "length"
 
     def done(self) -> Completion:
-        return Completion(self.ids, self._decode() if self.text is None else self.text, self.finished)
+        text = self._decode() if self.text is None else self.text
+        self._say(text)
+        return Completion(self.ids, text, self.finished)
 
     def _decode(self) -> str:
         ids = self.ids[:-1] if self.ids and self.ids[-1] in self.job.ends else self.ids
         return str(self.job.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def _settled(self, text: str) -> int:
+        """Characters that the next tokens cannot take back: no half character and no beginning of a stop string at the end."""
+        end = len(text.rstrip("\ufffd"))
+        longest = max((len(word) for word in self.job.sampling.stop), default=0)
+        for at in range(max(0, end - longest + 1), end):
+            if any(word.startswith(text[at:end]) for word in self.job.sampling.stop):
+                return at
+        return end
+
     def _say(self, text: str) -> None:
-        if self.job.on_text and not text.endswith("\ufffd"):  # half a character: wait for the rest
+        if self.job.on_text and len(text) > len(self._said):
             self.job.on_text(self.index, text[len(self._said) :])
             self._said = text
 
@@ -224,7 +250,7 @@ def choose(logits: Tensor, sampling: Sampling, draws: Sequence[tuple[int, int]])
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    p, order = torch.softmax(logits / sampling.temperature, -1).sort(-1, descending=True, stable=True)
+    p, order = torch.softmax(logits / sampling.temperature, -1).sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         p = torch.where(torch.arange(p.shape[-1], device=p.device) < sampling.top_k, p, 0.0)
     if sampling.min_p:
@@ -235,7 +261,8 @@ def choose(logits: Tensor, sampling: Sampling, draws: Sequence[tuple[int, int]])
     reached = p.double().cumsum(-1)
     uniform = torch.tensor([[_uniform(*draw)] for draw in draws], dtype=torch.float64, device=p.device)
     picked = (reached <= uniform * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-    return order.gather(1, picked)[:, 0]
+    chosen: Tensor = order.gather(1, picked)[:, 0]
+    return chosen
 
 
 def _uniform(seed: int, position: int) -> float:

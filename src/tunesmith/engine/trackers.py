@@ -26,7 +26,7 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Send numbers of a step."""
-        if self._accelerator is not None:
+        if self._accelerator is not None and values:
             self._accelerator.log(dict(values), step=step)
 
     def end(self) -> None:

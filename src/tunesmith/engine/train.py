@@ -80,6 +80,9 @@ class Trainer:
         self.optimizer = Optimizer(self.adapter.named_parameters(), spec.train)
         self.state = State()
         self._stop = False
+        if spec.train.patience is not None and dev is None:
+            hints = ["Set some apart:  data.dev=10%", "Or train to the end:  train.patience=null"]
+            raise RunError("train.patience needs dev samples to judge by.", hints=hints)
 
     def run(self, *, resume: bool = False) -> State:
         """Train to the end, the early stop or an interruption; then the model holds the best weights seen."""
@@ -150,16 +153,21 @@ class Trainer:
             return
         self.optimizer.clear()
         kind = "exploded" if math.isfinite(loss) and math.isfinite(norm) else "is not a number"
+        was = f"{statistics.median(seen[-20:]):.3f}" if seen else "not known"
+        what = f"the loss {kind} at step {self.state.step + 1}: loss {loss:.4g} (it was {was}), gradient norm {norm:.4g}"
+        places = ", ".join(dict.fromkeys(row.where for row in rows[:4] if row.where))
+        raise self._diverged(what, lr, [f"The step's rows: {places}, ... ({len(rows)} in all)"])
+
+    def _diverged(self, what: str, lr: float, hints: Sequence[str] = ()) -> RunError:
         steps = self.folder.checkpoints.steps()
         kept = f"the last good checkpoint is {self.folder.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
-        was = f"{statistics.median(seen[-20:]):.3f}" if seen else "not known"
-        raise RunError(
-            f"the loss {kind} at step {self.state.step + 1}: loss {loss:.4g} (it was {was}), gradient norm {norm:.4g}, learning rate {lr:.2g}; {kept}.",
+        return RunError(
+            f"{what}, learning rate {lr:.2g}; {kept}.",
             where=str(self.folder.path),
             hints=[
-                f"The step's rows: {', '.join(dict.fromkeys(row.where for row in rows[:4]))}, ... ({len(rows)} in all)",
-                f"Most often the learning rate is too high: try  train.lr={lr / 4:.1g}  or a longer  train.warmup",
-                "If it happens at once: try  base.dtype=fp32, and look at those rows with  tunesmith data show",
+                *hints,
+                f"Most often the learning rate is too high: try  train.lr={self.lr / 4:.1g}  or a longer  train.warmup",
+                "If it happens at once: try  base.dtype=fp32, and look at the rows with  tunesmith data show",
             ],
         )
 
@@ -204,7 +212,10 @@ class Trainer:
     def _save(self) -> None:
         self.state.metrics_offset = self.metrics.offset()
         weights, moments = self.optimizer.state()
-        self.folder.checkpoints.save(self.state.step, {"weights": weights, "moments": moments}, asdict(self.state), best=self.state.best_step)
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
+            raise self._diverged(f"the update of step {self.state.step} made the weights infinite", self.lr)
+        files = {"weights": weights, "moments": moments}
+        self.folder.checkpoints.save(self.state.step, files, asdict(self.state), best=self.state.best_step)
 
     def _resume(self) -> None:
         steps = self.folder.checkpoints.steps()

@@ -6,6 +6,7 @@ exactly one thing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -28,12 +29,22 @@ def zero_shot(task: Task) -> Ask:
 
 
 def few_shot(task: Task, pool: Sequence[Record], *, shots: int = 6, choose: Literal["fixed", "random"] = "fixed", seed: int = 0) -> Ask:
-    """The same demonstrations before every question (fixed), or others drawn for each (random); labels in balance."""
-    pool = _usable(pool, shots)
-    fixed = draw_balanced(pool, shots, np.random.default_rng(seed))
+    """The same demonstrations before every question (fixed), or others drawn for each (random); labels in balance.
+
+    A question is never among its own demonstrations. Raises DataError where fewer samples than `shots` have an answer.
+    """
+    samples = _usable(pool, shots)
+    label = task.gold if task.kind == "label" else (lambda record: None)
+    fixed = draw_balanced(samples, shots, np.random.default_rng(seed), label=label)
 
     def ask(record: Record) -> list[Message]:
-        drawn = fixed if choose == "fixed" else draw_balanced(_others(pool, record), shots, np.random.default_rng([seed, int(record.key(), 16)]))
+        if choose == "random":
+            rng = np.random.default_rng([seed, int(record.key(), 16)])
+            drawn = draw_balanced(samples, shots, rng, besides=record, label=label)
+        elif any(_same(example, record) for example in fixed):
+            drawn = draw_balanced(samples, shots, np.random.default_rng(seed), besides=record, label=label)
+        else:
+            drawn = fixed
         return _with_demonstrations(task, record, drawn)
 
     return ask
@@ -42,15 +53,17 @@ def few_shot(task: Task, pool: Sequence[Record], *, shots: int = 6, choose: Lite
 def nearest_shots(task: Task, pool: Sequence[Record], *, shots: int = 6) -> Ask:
     """The training samples most like the question (BM25 over words), the most alike last, next to the question.
 
-    Liu et al. 2022 (2101.06804): demonstrations near the question beat random ones.
+    Liu et al. 2022 (2101.06804): demonstrations near the question beat random ones. Raises as `few_shot`.
     """
-    pool = _usable(pool, shots)
-    index = WordIndex([record.question() for record in pool])
+    samples = _usable(pool, shots)
+    questions = [record.question() for record in samples]
+    index, copies = WordIndex(questions), Counter([*questions, *(record.where for record in samples)])
 
     def ask(record: Record) -> list[Message]:
-        own = record.key()
-        found = [pool[hit.index] for hit in index.search(record.question(), shots + 1) if pool[hit.index].key() != own]
-        return _with_demonstrations(task, record, found[:shots][::-1])
+        own = copies[record.question()] + copies[record.where]
+        found = [samples[hit.index] for hit in index.search(record.question(), shots + own)]
+        others = [example for example in found if not _same(example, record)]
+        return _with_demonstrations(task, record, others[:shots][::-1])
 
     return ask
 
@@ -58,10 +71,12 @@ def nearest_shots(task: Task, pool: Sequence[Record], *, shots: int = 6) -> Ask:
 def chain_of_thought(task: Task, worked: Sequence[Record]) -> Ask:
     """Worked examples whose answers reason first and end with "Answer: ..." (Wei et al. 2022, 2201.11903).
 
-    worked: records with `reasoning`. Raises DataError where one has none.
+    worked: records with `reasoning`; one that is the question itself is left out. Raises DataError where one has no
+    reasoning, no answer, or a label that is none of the task's.
     """
     if not worked:
         raise DataError("chain of thought needs at least one worked example.", hints=["Name a file of them:  climb.demonstrations=FILE"])
+    task.check(worked)
     for record in worked:
         if not record.reasoning:
             raise DataError("the worked example has no reasoning.", where=record.where, hints=["Give it a column 'reasoning'."])
@@ -69,10 +84,11 @@ def chain_of_thought(task: Task, worked: Sequence[Record]) -> Ask:
     def ask(record: Record) -> list[Message]:
         turns: list[Message] = []
         for example in worked:
-            answer = f"{str(example.reasoning).strip()} {ANSWER} {example.answer()}"
-            turns += [_thinking(_last_user(task.ask(example))), {"role": "assistant", "content": answer}]
-        asked = task.ask(record)
-        return [*_system(asked), *turns, *[m if m.get("role") == "system" else _thinking(m) for m in asked if m.get("role") != "system"]]
+            if not _same(example, record):
+                answer = f"{str(example.reasoning).strip()} {ANSWER} {task.gold(example)}"
+                turns += [*_thinking(_parted(task.ask(example))[1]), {"role": "assistant", "content": answer}]
+        head, asked = _parted(task.ask(record))
+        return [*head, *turns, *_thinking(asked)]
 
     return ask
 
@@ -82,24 +98,30 @@ def final_answer(text: str) -> str:
     return text.rsplit(ANSWER, 1)[-1].strip()
 
 
-def _thinking(message: Message) -> Message:
-    return {**message, "content": f"{message['content']}\n{_THINK}"} if message.get("role") == "user" else message
+def _thinking(turns: Sequence[Message]) -> list[Message]:
+    """The turns with the request to think in the last user turn, which is the one to be answered."""
+    last = max((place for place, message in enumerate(turns) if message.get("role") == "user"), default=None)
+    return [{**m, "content": f"{m['content']}\n{_THINK}"} if place == last else m for place, m in enumerate(turns)]
 
 
 def _with_demonstrations(task: Task, record: Record, shown: Sequence[Record]) -> list[Message]:
-    asked = task.ask(record)
+    head, asked = _parted(task.ask(record))
     turns: list[Message] = []
     for example in shown:
-        turns += [_last_user(task.ask(example)), {"role": "assistant", "content": example.answer()}]
-    return [*_system(asked), *turns, *[m for m in asked if m.get("role") != "system"]]
+        reply = example.reply()
+        turns += [*_parted(task.ask(example))[1], *([] if reply is None else [reply])]
+    return [*head, *turns, *asked]
 
 
-def _system(messages: Sequence[Message]) -> list[Message]:
-    return [m for m in messages[:1] if m.get("role") == "system"]
+def _parted(messages: Sequence[Message]) -> tuple[list[Message], list[Message]]:
+    """The system turns that a dialogue begins with, and the rest."""
+    start = next((place for place, m in enumerate(messages) if m.get("role") not in ("system", "developer")), len(messages))
+    return list(messages[:start]), list(messages[start:])
 
 
-def _last_user(messages: Sequence[Message]) -> Message:
-    return next(m for m in reversed(messages) if m.get("role") == "user")
+def _same(example: Record, record: Record) -> bool:
+    """Is it the question itself (or the row it is a part of)?"""
+    return example.question() == record.question() or (bool(record.where) and example.where == record.where)
 
 
 def _usable(pool: Sequence[Record], shots: int) -> list[Record]:
@@ -107,24 +129,29 @@ def _usable(pool: Sequence[Record], shots: int) -> list[Record]:
     if shots < 1:
         raise DataError(f"demonstrations: shots must be at least 1, not {shots}.")
     if len(usable) < shots:
-        raise DataError(f"{shots} demonstrations were asked for, but only {len(usable)} training samples have answers.", hints=["Lower shots."])
+        what = f"{shots} demonstrations were asked for, but only {len(usable)} training samples have answers."
+        raise DataError(what, hints=[f"Lower shots:  shots={len(usable)}"] if usable else [])
     return usable
 
 
-def _others(pool: Sequence[Record], record: Record) -> list[Record]:
-    own = record.key()
-    return [other for other in pool if other.key() != own]
-
-
-def draw_balanced(pool: Sequence[Record], shots: int, rng: np.random.Generator) -> list[Record]:
-    """Drawn so that labels come in turn, in an order of their own; without labels simply drawn."""
-    shuffled = [pool[i] for i in rng.permutation(len(pool))]
+def draw_balanced(
+    pool: Sequence[Record],
+    shots: int,
+    rng: np.random.Generator,
+    *,
+    besides: Record | None = None,
+    label: Callable[[Record], str | None] = lambda record: record.label,
+) -> list[Record]:
+    """Drawn so that labels come in turn, in an order of their own; without labels simply drawn. besides: never drawn."""
     groups: dict[str, list[Record]] = {}
-    for record in shuffled:
-        groups.setdefault(record.label or "", []).append(record)
+    for place in rng.permutation(len(pool)):
+        groups.setdefault(label(pool[place]) or "", []).append(pool[place])
     out: list[Record] = []
     while len(out) < shots and any(groups.values()):
         for name in sorted(groups):
-            if groups[name] and len(out) < shots:
-                out.append(groups[name].pop())
-    return [out[i] for i in rng.permutation(len(out))]
+            while groups[name] and len(out) < shots:
+                record = groups[name].pop()
+                if besides is None or not _same(record, besides):
+                    out.append(record)
+                    break
+    return [out[place] for place in rng.permutation(len(out))]

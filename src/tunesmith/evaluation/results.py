@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from tunesmith.evaluation.metrics import ConfusionMatrix, confusion, macro_f1, per_class
-from tunesmith.evaluation.metrics import ClassScore as ClassScore
+from tunesmith.evaluation.metrics import ClassScore, ConfusionMatrix, confusion, macro_f1, per_class
 from tunesmith.evaluation.statistics import Interval, Verdict, paired_bootstrap, verdicts, wilson
 from tunesmith.evaluation.task import Task
+
+__all__ = ["ClassScore", "Evaluation", "Judged", "compare_all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Evaluation:
     """One system on one set of questions.
 
     prompt_tokens, completion_tokens: mean a question, as a server would bill them. seconds: mean a question.
-    prompt: the exact text read for the first question. notes: what a reader must know.
+    prompt: the exact text read for the first question. notes: what a reader must know. histories: of dialogues that were
+    asked both ways, the mean score under the "gold" history and under the system's "own".
     """
 
     system: str
@@ -46,6 +48,7 @@ class Evaluation:
     peak_memory_mb: float
     prompt: str
     notes: list[str] = field(default_factory=list)
+    histories: dict[str, float] = field(default_factory=dict)
 
     @property
     def n(self) -> int:

@@ -16,6 +16,8 @@ from tunesmith.evaluation.task import Task
 from tunesmith.ladder.job import Job, environment, prepare, run_folder
 from tunesmith.ladder.reporting import Climbed, build_report
 from tunesmith.ladder.rungs import Rung, make_rungs
+from tunesmith.ladder.training import on_dtype_of
+from tunesmith.ladder.streaming import check_rungs
 from tunesmith.report import ReportPaths, write_report
 from tunesmith.report.schema import CurvePoint, Report
 from tunesmith.spec import Spec
@@ -30,13 +32,16 @@ def climb(
     """
     reporter = reporter or Quiet()
     makers = make_rungs(spec.climb.rungs)
+    check_rungs(spec)
     if spec.data.test is None:
-        raise SpecError("there are no questions: data.test is missing.", hints=["Hold some back:  data.test=400", "Or name a file:  data.test=FILE"])
+        raise SpecError(
+            "there are no questions: data.test is missing.", hints=["Hold some back:  data.test=400", "Or name a file:  data.test=FILE"]
+        )
     with run_folder(spec, root) as folder:
         if overwrite and not resume:
             folder.clear()
         _begin(folder, spec, resume)
-        job = prepare(spec, reporter=reporter)
+        job = prepare(on_dtype_of(spec, folder.environment()) if folder.started else spec, reporter=reporter)
         if not folder.started:
             folder.begin(spec, environment(job.base))
         _say_questions(job)
@@ -55,7 +60,9 @@ def _begin(folder: RunFolder, spec: Spec, resume: bool) -> None:
     if not resume:
         folder.begin(spec, {})  # refuses, with what to do
     if folder.spec().model_dump() != spec.model_dump():
-        raise SpecError("the ladder was begun with another spec.", where=str(folder.path), hints=["Give the changed one another name:  name=NAME"])
+        raise SpecError(
+            "the ladder was begun with another spec.", where=str(folder.path), hints=["Give the changed one another name:  name=NAME"]
+        )
 
 
 def _say_questions(job: Job) -> None:
@@ -79,8 +86,8 @@ def _one_rung(job: Job, folder: RunFolder, expression: str, rung: Rung, taken: l
         _write(kept, mark, evaluation)
     interval = evaluation.interval()
     job.reporter.line(
-        rung.name[:9],
-        f"{job.metric_name} {evaluation.score:.3f} ({interval.low:.3f} to {interval.high:.3f}) · "
+        "rung",
+        f"{rung.name}: {job.metric_name} {evaluation.score:.3f} ({interval.low:.3f} to {interval.high:.3f}) · "
         f"{evaluation.prompt_tokens:.0f} + {evaluation.completion_tokens:.0f} tokens and {evaluation.seconds:.3f} s an answer",
     )
     return Climbed(rung, evaluation, _curve(rung, job.metric_name))
@@ -101,7 +108,8 @@ def _curve(rung: Rung, metric: str) -> list[CurvePoint]:
 
 def _mark(job: Job, expression: str) -> str:
     """What a kept evaluation depends on."""
-    parts = [expression, job.base.fingerprint, [record.key() for record in job.splits.test], job.spec.model_dump(mode="json")]
+    spec = job.spec.model_dump(mode="json", exclude={"base": {"dtype"}})
+    parts = [expression, job.base.fingerprint, str(job.base.dtype), [record.key() for record in job.splits.test], spec]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -128,4 +136,6 @@ def _read(path: Path, mark: str, task: Task) -> Evaluation | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        raise DataError("the kept answers of this rung are damaged.", where=str(path), hints=["Remove the file and go on with --resume."]) from None
+        raise DataError(
+            "the kept answers of this rung are damaged.", where=str(path), hints=["Remove the file and go on with --resume."]
+        ) from None

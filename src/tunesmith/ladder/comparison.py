@@ -47,7 +47,10 @@ class Comparison:
 
     def report(self) -> Report:
         """The comparison as a report."""
-        done = [Climbed(Rung(s.name, s.name, f"{s.name}, asked zero-shot.", s), e, []) for s, e in zip(self.systems, self.evaluations, strict=True)]
+        done = [
+            Climbed(Rung(s.name, s.name, f"{s.name}, asked zero-shot.", s), e, [])
+            for s, e in zip(self.systems, self.evaluations, strict=True)
+        ]
         metric = self.task.metric if isinstance(self.task.metric, str) else next(iter(self.task.metric))
         return report_of(
             done,
@@ -82,4 +85,3 @@ def compare_systems(
     evaluations = [evaluate(system, task, records, reporter=reporter) for system in systems]
     verdicts = paired_verdicts(evaluations, margin)
     return Comparison(task, list(systems), evaluations, verdicts, margin)
-

@@ -22,6 +22,7 @@ from tunesmith.core.row import Row
 from tunesmith.data.lengths import fit
 from tunesmith.data.rowcache import RowCache
 from tunesmith.data.rows import notes_of, to_rows
+from tunesmith.data.rowstore import RowStore
 from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.runs import is_run, open_run
@@ -29,6 +30,7 @@ from tunesmith.evaluation.evaluate import System, evaluate
 from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.evaluation.task import Task, make_task
 from tunesmith.ladder.data import Splits, as_messages, load_splits, take
+from tunesmith.ladder.streaming import Making, RecordStream, stored_rows
 from tunesmith.spec import Spec
 
 
@@ -49,7 +51,7 @@ class Job:
         return self.start.base
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> Sequence[Row]:
         """Training rows, tokenised once and cached by content, none over the limit. Raises DataError as the policy says."""
         spec = self.spec.data
         limit = spec.max_tokens or self.base.context_length or 2**31
@@ -58,6 +60,8 @@ class Job:
                 f"data.max_tokens={limit:,} is more than {self.base.name} reads ({self.base.context_length:,}).",
                 hints=[f"Nearest that works here:  data.max_tokens={self.base.context_length}"],
             )
+        if isinstance(self.splits.train, RecordStream):
+            return self._rows_on_disk(self.splits.train, limit)
         made = to_rows(
             self.base.tokenizer,
             [self.sample(record) for record in self.splits.train],
@@ -66,19 +70,26 @@ class Job:
             cache=RowCache(cache_dir() / "rows"),
         )
         rows, lengths = fit(made, limit, spec.overlong, self.base.tokenizer)
-        self._say_rows(rows, str(lengths) if lengths.dropped or lengths.truncated else "")
+        tokens, supervised = sum(row.tokens for row in rows), sum(row.supervised_tokens for row in rows)
+        self._say_rows(len(rows), tokens, supervised, str(lengths) if lengths.dropped or lengths.truncated else "", notes_of(rows))
         return list(rows)
+
+    def _rows_on_disk(self, stream: RecordStream, limit: int) -> RowStore:
+        spec = self.spec.data
+        making = Making(self.base.tokenizer, self.start.renderer, self.sample, repr(self.task), spec.supervise, limit, spec.overlong)
+        store = stored_rows(stream, making, cache_dir() / "streams", self.reporter)
+        self._say_rows(len(store), store.tokens, store.supervised_tokens, store.facts["lengths"], store.facts["notes"])
+        return store
 
     def sample(self, record: Record) -> Record:
         """The record as training sees it: with the task's system turn and instruction, like every question."""
         return record if record.shape == "text" else as_messages(record, self.task.solved(record))
 
-    def _say_rows(self, rows: Sequence[Row], lengths: str) -> None:
-        tokens, supervised = sum(row.tokens for row in rows), sum(row.supervised_tokens for row in rows)
+    def _say_rows(self, rows: int, tokens: int, supervised: int, lengths: str, notes: Mapping[str, int]) -> None:
         counts = [f"{len(part):,} {name}" for name, part in (("dev", self.splits.dev), ("test", self.splits.test)) if part]
         share = f"supervised {supervised / tokens:.1%} of {tokens:,} tokens"
-        self.reporter.line("data", " · ".join([f"{len(rows):,} train", *counts, share]))
-        for note in [*([lengths] if lengths else []), *(f"{note} ({count} rows)" for note, count in notes_of(rows).items())]:
+        self.reporter.line("data", " · ".join([f"{rows:,} train", *counts, share]))
+        for note in [*([lengths] if lengths else []), *(f"{note} ({count} rows)" for note, count in notes.items())]:
             self.reporter.line("", note)
             self.notes.append(note)
 
@@ -97,9 +108,9 @@ class Job:
 def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model | None = None) -> Job:
     """Load what a spec names. base: one that is loaded already (the spec's is then not loaded again)."""
     reporter = reporter or Quiet()
-    splits = load_splits(spec.data)
+    splits = load_splits(spec.data, reporter)
     start = base if isinstance(base, Model) else Model(base) if base is not None else load_start(spec, reporter)
-    job = Job(spec, start, splits, make_task(spec.task, splits.train), reporter, notes=[*splits.notes])
+    job = Job(spec, start, splits, make_task(spec.task, splits.witnesses or splits.train), reporter, notes=[*splits.notes])
     for part in (splits.dev, splits.test):
         if any(record.shape != "text" for record in part):
             job.task.check(part)

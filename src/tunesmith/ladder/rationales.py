@@ -40,7 +40,10 @@ def write_rationales(model: Model, task: Task, pool: Sequence[Record], shots: in
     if len(worked) < shots:
         raise DataError(
             f"the base explained only {len(worked)} of {len(drawn)} samples; {shots} worked examples are needed.",
-            hints=["Write some by hand:  climb.demonstrations=FILE  (with a column 'reasoning')", "Or ask for fewer:  chain_of_thought(shots=N)"],
+            hints=[
+                "Write some by hand:  climb.demonstrations=FILE  (with a column 'reasoning')",
+                "Or ask for fewer:  chain_of_thought(shots=N)",
+            ],
         )
     return draw_balanced(worked, shots, np.random.default_rng([seed, 2]))
 

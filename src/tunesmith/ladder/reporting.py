@@ -100,9 +100,12 @@ def recommend(done: list[Climbed], verdicts: dict[Pair, Verdict], target: float 
     if chosen != best:
         v = verdicts[best, chosen]
         more = f"; {v.questions_needed:,} more questions would settle it" if v.questions_needed else ""
-        return Recommendation(rung=name, reason=f"{_share(score)} right; {done[best].rung.name} reaches {_share(evaluations[best].score)} but is not shown to be better ({v.verdict}, {_p(v)}{more}).")
+        other = f"{done[best].rung.name} reaches {_share(evaluations[best].score)}"
+        return Recommendation(
+            rung=name, reason=f"{_share(score)} right; {other} but is not shown to be better ({v.verdict}, {_p(v)}{more})."
+        )
     if best == 0:
-        return Recommendation(rung=name, reason=f"{_share(score)} right; no dearer rung does better.")
+        return Recommendation(rung=name, reason=f"{_share(score)} right; nothing after it does better.")
     rival = max(range(best), key=lambda i: evaluations[i].score)
     v = verdicts[best, rival]
     saved = evaluations[rival].prompt_tokens - evaluations[best].prompt_tokens
@@ -119,9 +122,14 @@ def _for_target(done: list[Climbed], best: int, target: float) -> Recommendation
         score, low = climbed.evaluation.score, climbed.evaluation.interval().low
         if score >= target:
             sure = "its whole interval lies above it" if low >= target else f"but its interval begins at {_share(low)}"
-            return Recommendation(rung=climbed.rung.name, reason=f"the cheapest rung to reach the target of {_share(target)}: {_share(score)} right, {sure}.")
+            return Recommendation(
+                rung=climbed.rung.name, reason=f"the cheapest rung to reach the target of {_share(target)}: {_share(score)} right, {sure}."
+            )
     found = done[best]
-    return Recommendation(rung=found.rung.name, reason=f"no rung reaches the target of {_share(target)}; this one comes nearest with {_share(found.evaluation.score)}.")
+    return Recommendation(
+        rung=found.rung.name,
+        reason=f"no rung reaches the target of {_share(target)}; this one comes nearest with {_share(found.evaluation.score)}.",
+    )
 
 
 def _share(value: float) -> str:
@@ -134,7 +142,9 @@ def _p(v: Verdict) -> str:
 
 def versus(v: Verdict, rung: str) -> Versus:
     """A verdict as the report holds it."""
-    return Versus(rung=rung, difference_low=v.low, difference_high=v.high, **{k: x for k, x in asdict(v).items() if k not in ("low", "high")})
+    return Versus(
+        rung=rung, difference_low=v.low, difference_high=v.high, **{k: x for k, x in asdict(v).items() if k not in ("low", "high")}
+    )
 
 
 def rung_report(climbed: Climbed, index: int, verdicts: dict[Pair, Verdict], evaluations: list[Evaluation]) -> RungReport:
@@ -161,7 +171,9 @@ def rung_report(climbed: Climbed, index: int, verdicts: dict[Pair, Verdict], eva
         versus_previous=versus(verdicts[index, index - 1], evaluations[index - 1].system) if index else None,
         versus_best_before=versus(verdicts[index, before], evaluations[before].system) if before is not None else None,
         classes=[ClassScore(**asdict(one)) for one in found.classes()],
-        confusion=Confusion(labels=list(matrix.labels), gold=list(matrix.gold), counts=[list(row) for row in matrix.counts]) if matrix else None,
+        confusion=Confusion(labels=list(matrix.labels), gold=list(matrix.gold), counts=[list(row) for row in matrix.counts])
+        if matrix
+        else None,
         curve=climbed.curve,
         prompt=found.prompt,
         settings=rung.settings,

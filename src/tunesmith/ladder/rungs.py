@@ -6,17 +6,21 @@ rungs build a way of asking; training rungs train first. Every rung answers the 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from tunesmith.adapters import load_adapter
 from tunesmith.core.errors import SpecError
 from tunesmith.core.record import Record
 from tunesmith.core.registry import Registry, check_options, parse_calls
 from tunesmith.data import read_records
-from tunesmith.engine.model import Model
+from tunesmith.engine.model import Model, add_adapter
 from tunesmith.engine.rundir import RunFolder
+from tunesmith.engine.runs import ADAPTER
 from tunesmith.evaluation.evaluate import System
 from tunesmith.evaluation.prompting import chain_of_thought, few_shot, nearest_shots, zero_shot
 from tunesmith.ladder.job import Job
@@ -60,7 +64,8 @@ def _few_shot(job: Job, folder: Path, *, shots: int = 6, choose: Literal["fixed"
     ask = few_shot(job.task, job.splits.train, shots=shots, choose=choose, seed=seed)
     name = "few-shot" if choose == "fixed" else "few-shot-random"
     how = "the same for every question" if choose == "fixed" else "drawn anew for every question"
-    return Rung(name, "Few-shot", f"{shots} solved training samples before the question, {how}.", System(name, job.start, ask), {"shots": shots, "choose": choose, "seed": seed})
+    said = f"{shots} solved training samples before the question, {how}."
+    return Rung(name, "Few-shot", said, System(name, job.start, ask), {"shots": shots, "choose": choose, "seed": seed})
 
 
 @rung("nearest")
@@ -68,7 +73,8 @@ def _nearest(job: Job, folder: Path, *, shots: int = 6) -> Rung:
     """The training samples most like the question as demonstrations."""
     ask = nearest_shots(job.task, job.splits.train, shots=shots)
     said = f"The {shots} training samples most like the question (BM25), solved, before it."
-    return Rung("nearest-few-shot", "Nearest-neighbour few-shot", said, System("nearest-few-shot", job.start, ask), {"shots": shots, "by": "BM25"})
+    system = System("nearest-few-shot", job.start, ask)
+    return Rung(system.name, "Nearest-neighbour few-shot", said, system, {"shots": shots, "by": "BM25"})
 
 
 @rung("chain_of_thought")
@@ -77,18 +83,21 @@ def _chain_of_thought(job: Job, folder: Path, *, shots: int = 6, seed: int = 0) 
     worked, origin = _worked(job, shots, seed)
     system = System("chain-of-thought", job.start, chain_of_thought(job.task, worked), reasons=True)
     said = f"{len(worked)} worked examples that reason before they answer ({origin})."
-    return Rung("chain-of-thought", "Chain-of-thought few-shot", said, system, {"shots": len(worked), "reasoning": origin})
+    return Rung(system.name, "Chain-of-thought few-shot", said, system, {"shots": len(worked), "reasoning": origin})
 
 
 @rung("sft")
 def _sft(job: Job, folder: Path) -> Rung:
     """The spec's adapter, trained on the training samples, asked as in zero-shot."""
     run = _trained(job, folder / "train")
-    method = job.spec.adapter.split("(")[0]
-    name = method if method != "continue" else "sft"
-    trained = f"{job.spec.adapter}, trained on {len(job.rows):,} samples; asked as in zero-shot."
-    title = {"lora": "LoRA", "rslora": "rsLoRA", "full": "Full", "layers": "Last-layers", "modules": "Chosen-modules"}.get(method, method)
-    return Rung(name, f"{title} fine-tuning", trained, System(name, run.model, zero_shot(job.task)), {"adapter": job.spec.adapter, "steps": run.result["steps"], "learning_rate": run.result["learning_rate"]}, run)
+    adapter = run.model.adapter.expression
+    name = adapter.split("(")[0]
+    said = f"{adapter}, trained on {len(job.rows):,} samples; asked as in zero-shot."
+    settings = {"adapter": adapter, "steps": run.result["steps"], "learning_rate": run.result["learning_rate"]}
+    return Rung(name, f"{_TITLES.get(name, name)} fine-tuning", said, System(name, run.model, zero_shot(job.task)), settings, run)
+
+
+_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "full": "Full", "layers": "Last-layers", "modules": "Chosen-modules"}
 
 
 def _trained(job: Job, path: Path) -> Run:
@@ -96,15 +105,11 @@ def _trained(job: Job, path: Path) -> Run:
     with RunFolder(path, keep=job.spec.train.keep) as folder:
         if folder.finished:
             return reopened(job, folder)
-        return train_job(job, folder)
+        return train_job(job, folder, resume_hint=f"the same command again with --resume (it continues {path.parent})")
 
 
 def reopened(job: Job, folder: RunFolder) -> Run:
     """A finished training rung, its adapter put on the base that is loaded already."""
-    from tunesmith.adapters import load_adapter
-    from tunesmith.engine.model import add_adapter
-    from tunesmith.engine.runs import ADAPTER
-
     job.reporter.line("resume", f"{folder.path} is finished; its adapter is taken")
     _ = job.rows  # counted and reported as in training
     adapter = load_adapter(job.base.model, folder.path / ADAPTER, fingerprint=job.base.fingerprint, name="sft")
@@ -135,7 +140,7 @@ def make_rungs(expressions: Sequence[str]) -> list[tuple[str, Callable[[Job, Pat
             raise SpecError(f"'{expression}' is not one rung.", where="climb.rungs", hints=["A list holds one rung an entry."])
         maker, options = RUNGS[calls[0].name], calls[0].options
         check_options(_options_of(maker), options, kind=f"rung {calls[0].name}")
-        out.append((expression, lambda job, folder, maker=maker, options=options: maker(job, folder, **options)))
+        out.append((expression, partial(maker, **options)))
     if not out:
         raise SpecError("there are no rungs to climb.", where="climb.rungs", hints=[f"Known: {', '.join(RUNGS)}"])
     return out
@@ -143,8 +148,6 @@ def make_rungs(expressions: Sequence[str]) -> list[tuple[str, Callable[[Job, Pat
 
 def _options_of(maker: Maker) -> Callable[..., Any]:
     """The maker's signature without what the ladder passes itself."""
-    import inspect
-
     signature = inspect.signature(maker)
     own = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,21 @@ def _resumed_spec(spec: Spec, folder: RunFolder) -> Spec:
             where=str(folder.path),
             hints=["Resume with the spec it was begun with, or give the changed one another name:  name=NAME"],
         )
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
     torch.set_num_threads(facts["threads"])
-    return begun.model_copy(update={"base": begun.base.model_copy(update={"dtype": short[facts["dtype"]]})})
+    return on_dtype_of(begun, facts)
 
 
-def train_job(job: Job, folder: RunFolder, *, model: Model | None = None) -> Run:
+def on_dtype_of(spec: Spec, environment: Mapping[str, Any]) -> Spec:
+    """The spec with the dtype that a run was begun in, so that a second matrix test cannot change it under way."""
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[environment["dtype"]]
+    return spec.model_copy(update={"base": spec.base.model_copy(update={"dtype": short})})
+
+
+def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume_hint: str = "") -> Run:
     """Train a prepared job into its folder, going on from its last checkpoint if it has one.
 
     model: the job's start with the adapter to train on it already; by default the spec's adapter is attached.
+    resume_hint: what to type to go on after an interruption, where it is not `tunesmith train`.
     """
     rows = job.rows
     model = model or trainable_model(job)
@@ -86,7 +93,7 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None) -> Run
         folder.begin(job.spec, environment(job.base))
     began = time.perf_counter()
     with PeakMemory() as memory:
-        trainer = Trainer(model, rows, job.spec, folder, dev=_dev(job, model), reporter=job.reporter)
+        trainer = Trainer(model, rows, job.spec, folder, dev=_dev(job, model), reporter=job.reporter, resume_hint=resume_hint)
         state = trainer.run(resume=True)
     save_run(model, folder.path)
     result = {
@@ -115,4 +122,3 @@ def _dev(job: Job, model: Model) -> DevMetric | None:
     if not any(record.shape != "text" for record in job.splits.dev):
         return None
     return lambda: job.judge_dev(model)
-

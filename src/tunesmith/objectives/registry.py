@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from tunesmith.core.loss import Loss
 from tunesmith.core.registry import Registry
@@ -31,11 +30,3 @@ def objective(name: str, *, reads: str, denominator: str) -> Callable[[Callable[
         return function
 
     return enter
-
-
-def options_of(name: str) -> dict[str, Any]:
-    """Names and defaults of an objective's options."""
-    import inspect
-
-    parameters = inspect.signature(OBJECTIVES[name].function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

@@ -1,12 +1,13 @@
-"""Search by words: BM25 (Robertson and Zaragoza 2009) through bm25s."""
+"""Search by words: BM25 (Robertson and Zaragoza 2009) in Lucene's form through bm25s, k1 = 1.5, b = 0.75."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WORD = re.compile(r"[぀-ヿ㐀-鿿]|[^\W_]+", re.UNICODE)  # a CJK character is a word
+from tunesmith.core.words import words
+
+__all__ = ["Hit", "WordIndex", "words"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +18,8 @@ class Hit:
     score: float
 
 
-def words(text: str) -> list[str]:
-    """Lower-cased words; each CJK character counts as one."""
-    return _WORD.findall(text.lower())
-
-
 class WordIndex:
-    """An index of texts by their words."""
+    """An index of texts by their words; a CJK character is a word."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         import bm25s
@@ -32,7 +28,7 @@ class WordIndex:
         vocabulary: dict[str, int] = {}
         ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in texts]
         self._vocabulary = vocabulary
-        self._index = bm25s.BM25()
+        self._index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
         if vocabulary:
             self._index.index((ids, vocabulary), show_progress=False)
 

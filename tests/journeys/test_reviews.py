@@ -1,0 +1,117 @@
+"""A user's way from sixty reviews to a verdict, through the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).resolve().parents[2] / "src"
+THINGS = ("phone", "film", "book", "soup", "chair", "song", "train", "game", "shoe", "lamp")
+TEXTS = {
+    "positive": ("I love this {}.", "What a great {}.", "The {} is wonderful."),
+    "negative": ("I hate this {}.", "The {} is awful.", "Oh, this {}!"),
+}
+
+
+class User:
+    """Somebody in a folder of their own, typing commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        own = {"PYTHONPATH": str(SOURCES), "TUNESMITH_DTYPE": "fp32", "TUNESMITH_CACHE": str(folder / "cache"), "COLUMNS": "160"}
+        self.environment = {**os.environ, **own}
+
+    def types(self, *words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tunesmith", *map(str, words)]
+        return subprocess.run(command, cwd=self.folder, env=self.environment, input=stdin, capture_output=True, text=True, timeout=120)
+
+    def gets(self, *words: object, stdin: str = "") -> str:
+        """What a command that works prints."""
+        done = self.types(*words, stdin=stdin)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> User:
+    """Has written sixty rows and a spec, and trained on them."""
+    folder = tmp_path_factory.mktemp("reviews")
+    rows = [{"text": text.format(thing), "label": label} for thing in THINGS for label, texts in TEXTS.items() for text in texts]
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-18]))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-18:]))
+    (folder / "reviews.yaml").write_text(
+        f"base: {tiny_base_folder}\n"
+        "data: {train: reviews.jsonl, dev: 6, test: test.jsonl}\n"
+        "adapter: lora(rank=16, sites=all)\n"
+        "train: {steps: 200, batch: 16, lr: 2e-2, evaluate_every: 50}\n"
+    )
+    found = User(folder)
+    told = found.types("train", "reviews.yaml")
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "36 train · 6 dev · 18 test" in told.stderr
+    return found
+
+
+def test_the_run_folder_holds_what_the_readme_says(user: User) -> None:
+    run = user.folder / "runs" / "reviews"
+    assert {item.name for item in run.iterdir()} >= {
+        "spec.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "result.json",
+    }
+
+
+def test_resuming_a_finished_run_does_nothing_and_says_so(user: User) -> None:
+    assert "finished; nothing to do" in user.types("train", "reviews.yaml", "--resume").stderr
+
+
+def test_the_run_beats_the_base_on_questions_that_neither_has_seen(user: User, tiny_base_folder: Path) -> None:
+    told = user.gets("compare", tiny_base_folder, "runs/reviews", "--questions", "test.jsonl", "--report", "comparison")
+    assert f"runs/reviews against {tiny_base_folder}: better" in told
+    assert (user.folder / "comparison" / "report.html").read_text().startswith("<!")
+
+
+def test_the_run_is_evaluated_on_the_questions_that_its_spec_held_back(user: User) -> None:
+    found = json.loads(user.gets("evaluate", "runs/reviews", "--json"))
+    assert (found["n_questions"], found["metric"]) == (18, "accuracy")
+    assert found["score"] > 0.8
+
+
+def test_a_run_can_be_asked_and_talked_to(user: User) -> None:
+    asked = "Classify the text. Answer with one of: negative, positive.\n\nText: I love this lamp."
+    answers = [
+        json.loads(line)["answer"] for line in user.gets("generate", "runs/reviews", asked, "--json", "--max-tokens", 8).splitlines()
+    ]
+    assert len(answers) == 1
+    assert answers[0].startswith("pos")
+    assert user.gets("chat", "runs/reviews", "--max-tokens", 4, stdin="hello\n/quit\n").strip() != ""
+
+
+def test_the_rows_can_be_looked_at(user: User) -> None:
+    shown = user.gets("data", "show", "reviews.jsonl", "--spec", "reviews.yaml", "-n", 1)
+    assert "[[positive<|im_end|>]]" in shown
+    assert "42 rows" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "none.yaml"], "none.yaml: there is no such spec file"),
+        (["evaluate", "runs/reviews", "tset.jsonl"], "Did you mean:  test.jsonl"),
+        (["evalute"], "evaluate"),
+    ],
+)
+def test_a_mistake_is_told_in_a_few_lines(user: User, words: list[str], told: str) -> None:
+    done = user.types(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 8

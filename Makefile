@@ -17,7 +17,7 @@ ALONE  := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ALONE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format bench clean
+.PHONY: help venv demo test test-slow check format docs bench clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ check: $(DEV) ## format, lint, types, directions of imports
 format: $(DEV) ## put the code in form
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: $(DEV) ## write the pages of docs/ that say what the code says
+	@$(ALONE) $(BIN)/python docs/generate.py
 
 bench: $(DEV) ## ours and a peer in turn, on the same work
 	@$(BIN)/python benchmarks/run.py $(ARGS)

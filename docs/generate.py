@@ -11,7 +11,7 @@ import inspect
 import json
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -85,8 +85,8 @@ def spec_page() -> str:
         "## Objectives",
         _catalogue((name, entry.function) for name, entry in OBJECTIVES.items()),
         "## Metrics",
-        "`task.metric: name`, `name(option=value)` or `{name: {option: value}}`; label tasks know `accuracy` and `macro_f1` besides. "
-        "A function of your own is `path/to/file.py:name` or `module:name`.",
+        "`task.metric: name`, `name(option=value)` or `{name: {option: value}}`; for generated text. "
+        "A function of your own is `path/to/file.py:name` or `module:name`. Label tasks are judged by accuracy.",
         _catalogue(METRICS.items()),
         "## Rungs",
         "`climb.rungs: [name, name(option=value)]`.",
@@ -159,7 +159,6 @@ _METRICS: Mapping[str, str] = {
     "token_f1": "F1 over the words that both hold",
     "rouge_l": "F1 of the longest common subsequence of words",
     "chrf": "F over character n-grams",
-    "function": "a Python function of yours: (prediction, reference) or (prediction, reference, fields) to a number from 0 to 1",
 }
 
 
@@ -178,7 +177,8 @@ def report_page() -> str:
     out = [
         "# report.json",
         _WRITTEN,
-        f"Schema version {schema.SCHEMA_VERSION}. Within one major version every field here keeps its name and meaning; fields may be added. "
+        f"Schema version {schema.SCHEMA_VERSION}. Within one major version every field here keeps its name and meaning; "
+        "fields may be added. "
         "Numbers that are shares go from 0 to 1; times are in seconds.",
     ]
     definitions = schema.Report.model_json_schema()
@@ -186,7 +186,12 @@ def report_page() -> str:
     for name, part in parts.items():
         needed = set(part.get("required", ()))
         rows = [
-            (f"`{field}`", _json_type(value), "always" if field in needed else _json_default(value), value.get("description", _plainly(field)))
+            (
+                f"`{field}`",
+                _json_type(value),
+                "always" if field in needed else _json_default(value),
+                value.get("description", _plainly(field)),
+            )
             for field, value in part["properties"].items()
         ]
         said = str(part.get("description", "")).split("\n\n")[0]
@@ -218,7 +223,32 @@ _REPORT: Mapping[str, str] = {
     "classes": "by label, for label tasks",
     "counts": "answers, [gold][labels]",
     "support": "questions of this label",
-    "n_questions": "the same for every rung",
+    "n_questions": "asked of every rung",
+    "title": "a heading",
+    "task": "name of the task",
+    "base": "name of the model that was adapted",
+    "labels": "of label tasks, in order",
+    "metric": "what the scores are",
+    "rungs": "in the order in which they were climbed",
+    "recommendation": "the rung to take, and why",
+    "rung": "name of the rung",
+    "reason": "why, in a sentence with its numbers",
+    "macro_f1": "mean F1 over labels; for generated text the mean score",
+    "correct": "whether the score is 1",
+    "precision": "0 if the label was never said",
+    "recall": "0 if the label never occurs",
+    "f1": "harmonic mean of the two",
+    "step": "optimiser step",
+    "loss": "mean over the step's supervised tokens, nats",
+    "dev_metric": "on the dev samples, where they were judged at this step",
+    "lr": "learning rate",
+    "prompt_tokens_per_answer": "mean",
+    "completion_tokens_per_answer": "mean",
+    "seconds_per_answer": "mean",
+    "trainable_parameters": "0 for prompts",
+    "settings": "what the rung was made with",
+    "id": "content hash of the question",
+    "gold": "the right answer",
 }
 
 
@@ -242,7 +272,7 @@ def _json_default(value: Mapping[str, Any]) -> str:
     return f"default `{json.dumps(value['default'])}`" if "default" in value else "may be empty"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from tunesmith.adapters import attach
-from tunesmith.core.errors import RunError
+from tunesmith.core.errors import RunError, SpecError
 from tunesmith.engine import sampler
 from tunesmith.engine.forward import Forward
 from tunesmith.engine.probe import probe
@@ -211,7 +211,7 @@ def test_a_prompt_that_leaves_no_room_or_is_empty_is_refused_by_its_number(speak
     ],
 )
 def test_sampling_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(RunError, match="out of range"):
+    with pytest.raises(SpecError, match="out of range"):
         Sampling(**options)
 
 

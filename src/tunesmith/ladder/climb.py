@@ -16,8 +16,8 @@ from tunesmith.evaluation.task import Task
 from tunesmith.ladder.job import Job, environment, prepare, run_folder
 from tunesmith.ladder.reporting import Climbed, build_report
 from tunesmith.ladder.rungs import Rung, make_rungs
-from tunesmith.ladder.training import on_dtype_of
 from tunesmith.ladder.streaming import check_rungs
+from tunesmith.ladder.training import on_dtype_of
 from tunesmith.report import ReportPaths, write_report
 from tunesmith.report.schema import CurvePoint, Report
 from tunesmith.spec import Spec
@@ -44,6 +44,7 @@ def climb(
         job = prepare(on_dtype_of(spec, folder.environment()) if folder.started else spec, reporter=reporter)
         if not folder.started:
             folder.begin(spec, environment(job.base))
+        job.keep_base = not spec.climb.rungs[-1].startswith("sft")
         _say_questions(job)
         done: list[Climbed] = []
         for expression, maker in makers:

@@ -14,7 +14,7 @@ import torch
 
 from tunesmith.bases import Base, load_base
 from tunesmith.bases.hardware import hardware
-from tunesmith.core.errors import DataError
+from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.packages import cache_dir
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.record import Record
@@ -45,6 +45,7 @@ class Job:
     task: Task
     reporter: Reporter = field(default_factory=Quiet)
     notes: list[str] = field(default_factory=list)
+    keep_base: bool = False  # the bare base is asked again after training, so what training overwrites must be kept
 
     @property
     def base(self) -> Base:
@@ -121,6 +122,13 @@ def load_start(spec: Spec, reporter: Reporter | None = None) -> Model:
     """The spec's base: a model, or a finished run with its adapters on."""
     reporter = reporter or Quiet()
     if is_run(spec.base.model):
+        told = spec.base.model_dump(exclude={"model", "dtype", "device"}, exclude_defaults=True)
+        if told:
+            raise SpecError(
+                f"base.{next(iter(told))} cannot be changed for {spec.base.model}: a run keeps the base it was trained on.",
+                where="base",
+                hints=["Leave it out, or start from the model itself."],
+            )
         start = open_run(spec.base.model, dtype=spec.base.dtype, device=spec.base.device)
         reporter.line("base", f"{start.base.describe()} · as {spec.base.model} left it")
         return start
@@ -129,10 +137,10 @@ def load_start(spec: Spec, reporter: Reporter | None = None) -> Model:
     for decision in base.decisions:
         if not decision.startswith("dtype"):
             reporter.line("", decision)
-    forward = Model(base).forward if base.kind == "decoder" else None
-    if forward is not None and not forward.packed:
-        reporter.line("", f"rows are padded, not packed: {forward.why}")
-    return Model(base)
+    start = Model(base)
+    if not start.forward.packed:
+        reporter.line("", f"rows are padded, not packed: {start.forward.why}")
+    return start
 
 
 def trainable_model(job: Job) -> Model:
@@ -143,7 +151,7 @@ def trainable_model(job: Job) -> Model:
             parameter.requires_grad_(True)
         model = job.start
     else:
-        model = attach_to(job.start, spec.adapter, keep_original=False, seed=spec.train.seed)
+        model = attach_to(job.start, spec.adapter, keep_original=job.keep_base, seed=spec.train.seed)
     share = model.trainable() / model.base.parameters
     job.reporter.line("adapter", f"{model.adapter.expression} · trainable {model.trainable():,} ({share:.2%})")
     return model

@@ -20,7 +20,7 @@ from tunesmith.core.registry import Registry, check_options, parse_calls
 from tunesmith.data import read_records
 from tunesmith.engine.model import Model, add_adapter
 from tunesmith.engine.rundir import RunFolder
-from tunesmith.engine.runs import ADAPTER
+from tunesmith.engine.runs import ADAPTER, TRAINED
 from tunesmith.evaluation.evaluate import System
 from tunesmith.evaluation.prompting import chain_of_thought, few_shot, nearest_shots, zero_shot
 from tunesmith.ladder.job import Job
@@ -89,7 +89,7 @@ def _chain_of_thought(job: Job, folder: Path, *, shots: int = 6, seed: int = 0) 
 @rung("sft")
 def _sft(job: Job, folder: Path) -> Rung:
     """The spec's adapter, trained on the training samples, asked as in zero-shot."""
-    run = _trained(job, folder / "train")
+    run = _trained(job, folder / TRAINED)
     adapter = run.model.adapter.expression
     name = adapter.split("(")[0]
     said = f"{adapter}, trained on {len(job.rows):,} samples; asked as in zero-shot."

@@ -1,7 +1,7 @@
 """Files larger than memory: the same records are chosen, split and trained on, but only their hashes and dev and test are held.
 
-The sources are read twice or three times: once to decide, which takes 25 bytes a record; once to fetch what dev and test
-hold, if they are parts of train; and once to make rows, which go to disk as they come.
+The sources are read a few times over: to decide, which takes 25 bytes a record; to look at records that leak; to fetch what
+dev and test hold, if they are parts of train; and to make rows, which go to disk as they come.
 """
 
 from __future__ import annotations

@@ -115,4 +115,9 @@ def plan(expression: str) -> list[Plan]:
             f"'{expression}' trains parameters of the base in place and adds forms to it at the same time.",
             hints=["Train one, then the other on top of it:  base: runs/FIRST  with the second adapter."],
         )
+    if len({p.form.get("stabilised") for p in plans}) > 1:
+        raise AdapterError(
+            f"'{expression}' scales one part as lora and another as rslora; PEFT's file format has one scaling an adapter.",
+            hints=["Use one of the two for all parts, with alpha to match."],
+        )
     return plans

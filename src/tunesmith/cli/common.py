@@ -97,7 +97,7 @@ def refuse_foreign(overrides: Sequence[str], sections: Sequence[str]) -> None:
         if word.split("=")[0].split(".")[0] not in sections:
             allowed = " and ".join(f"{section}.*" for section in sections)
             raise SpecError(
-                f"'{word}' changes nothing here; {allowed} do.", hints=["For example:  data.columns.text=tweet  ·  task.metric=macro_f1"]
+                f"'{word}' changes nothing here; {allowed} do.", hints=["For example:  data.columns.text=tweet  ·  task.scoring=generation"]
             )
 
 

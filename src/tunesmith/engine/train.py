@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ class Trainer:
         self.total = total_steps(spec, len(rows))
         self.every = spec.train.evaluate_every or max(1, self.total // 8)
         self.save_every = spec.train.save_every or self.every
+        self.order = partial(rows_of_step, rows=len(rows), batch=spec.train.batch, seed=spec.train.seed)
         self.optimizer = Optimizer(self.adapter.named_parameters(), spec.train)
         self.state = State()
         self._stop = False
@@ -110,7 +112,7 @@ class Trainer:
 
     def _one_step(self) -> dict[str, float]:
         began, step, spec = time.perf_counter(), self.state.step, self.spec.train
-        rows = [self.rows[index] for index in rows_of_step(step, len(self.rows), spec.batch, spec.seed)]
+        rows = [self.rows[index] for index in self.order(step)]
         weight = float(sum(row.supervised_tokens for row in rows))
         packs = pack_rows(self._trees(rows), max(spec.pack_tokens, max(row.tokens for row in rows)))
         total = sum(self._backward(pack, micro, weight) for micro, pack in enumerate(packs))
@@ -273,11 +275,16 @@ def rows_of_step(step: int, rows: int, batch: int, seed: int) -> list[int]:
     at = step * batch
     while len(out) < batch:
         epoch, offset = divmod(at, rows)
-        order = np.random.default_rng([seed, epoch]).permutation(rows)
-        taken = order[offset : offset + batch - len(out)]
+        taken = _order(epoch, rows, seed)[offset : offset + batch - len(out)]
         out += taken.tolist()
         at += len(taken)
     return out
+
+
+@lru_cache(maxsize=2)
+def _order(epoch: int, rows: int, seed: int) -> np.ndarray:
+    """The permutation of an epoch, kept while its steps last."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def _mix(*parts: int) -> int:

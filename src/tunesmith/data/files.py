@@ -156,7 +156,7 @@ def _parsed(text: str, where: str, options: ReadOptions) -> Any:
     except json.JSONDecodeError as cause:
         place = f"line {cause.lineno}, column {cause.colno}" if "\n" in text.rstrip() else f"column {cause.colno}"
         near = text[max(0, cause.pos - 20) : cause.pos + 20].strip()
-        raise DataError(f"broken JSON: {cause.msg.removesuffix(" at")} at {place}, near '{near}'.", where=where) from None
+        raise DataError(f"broken JSON: {cause.msg.removesuffix(' at')} at {place}, near '{near}'.", where=where) from None
     except UnicodeDecodeError:
         raise DataError(
             "a text holds half of a character (a lone surrogate).", where=where, hints=["Replace such halves:  data.decode_errors=replace"]

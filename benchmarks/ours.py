@@ -7,8 +7,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from work import read, say
 
 from tunesmith.adapters import load_adapter

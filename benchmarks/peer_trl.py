@@ -12,7 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import torch
 from datasets import Dataset
 from peft import PeftModel

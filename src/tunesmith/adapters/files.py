@@ -112,9 +112,6 @@ def _peft_config(adapter: Adapter, base: str) -> dict[str, Any]:
     first = forms[0][1]
     rank_pattern = {path: form.rank for path, form in forms if form.rank != first.rank}
     alpha_pattern = {path: form.alpha for path, form in forms if form.alpha != first.alpha}
-    if any(form.stabilised != first.stabilised for _, form in forms):
-        what = "lora and rslora in one adapter cannot be written in PEFT's format."
-        raise AdapterError(what, hints=["Use one of the two for all sites."])
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,

@@ -191,15 +191,22 @@ def notable_questions(done: list[Climbed], count: int) -> list[Question]:
     lost = [i for i in range(len(mine)) if mine[i] < theirs[i]]
     mixed = [i for i in range(len(mine)) if mine[i] == theirs[i] and len({e.scores[i] for e in evaluations}) > 1]
     same = [i for i in range(len(mine)) if i not in {*won, *lost, *mixed}]
-    half = -(-count // 2)
-    picked = [*won[:half], *lost[: count - half], *won[half:], *lost[count - half :], *mixed, *same][:count]
-    return [_question(done, index) for index in dict.fromkeys(picked)]
+    first_lost = _spread(lost, count - min(len(won), -(-count // 2)))
+    first_won = _spread(won, count - len(first_lost))
+    picked = [*first_won, *first_lost, *mixed, *same][:count]
+    graded = any(score not in (0.0, 1.0) for evaluation in evaluations for score in evaluation.scores)
+    return [_question(done, index, graded) for index in picked]
 
 
-def _question(done: list[Climbed], index: int) -> Question:
+def _spread(items: list[int], count: int) -> list[int]:
+    """At most so many, evenly over the list: questions often stand in the order of their labels."""
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+def _question(done: list[Climbed], index: int, graded: bool) -> Question:
     first = done[0].evaluation.judged[index]
     answers = {}
     for climbed in done:
         one = climbed.evaluation.judged[index]
-        answers[climbed.rung.name] = Answer(text=one.text, label=one.label, correct=one.correct, score=one.score)
+        answers[climbed.rung.name] = Answer(text=one.text, label=one.label, correct=one.correct, score=one.score if graded else None)
     return Question(id=first.key, text=first.question, gold=first.gold, answers=answers)

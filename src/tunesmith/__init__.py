@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import Comparison, Evaluation, Run, attach, climb, compare, evaluate, generate, load_base, open, train
+    from tunesmith.api import Comparison, Evaluation, Run, attach, climb, compare, connect, evaluate, generate, load_base, open, train
 
 __version__ = "0.1.0"
-__all__ = ["Comparison", "Evaluation", "Run", "attach", "climb", "compare", "evaluate", "generate", "load_base", "open", "train"]
+__all__ = ["Comparison", "Evaluation", "Run", "attach", "climb", "compare", "connect", "evaluate", "generate", "load_base", "open", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,10 +19,12 @@ from tunesmith.bases import Base, load_base
 from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Reporter
 from tunesmith.core.record import Message, Record
+from tunesmith.engine.asking import Question
 from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.sampler import Sampling
-from tunesmith.engine.sampler import generate as sample
+from tunesmith.engine.server import Server, connect, is_server
+from tunesmith.evaluation.answering import answerer
 from tunesmith.evaluation.evaluate import System
 from tunesmith.evaluation.evaluate import evaluate as judge
 from tunesmith.evaluation.prompting import zero_shot
@@ -36,9 +38,9 @@ from tunesmith.ladder.training import Run, train_job
 from tunesmith.ladder.training import train as train_spec
 from tunesmith.spec import DataSpec, Spec, TaskSpec, make_spec
 
-Askable = Base | Model | Run | str | Path
+Askable = Base | Model | Run | Server | str | Path
 
-__all__ = ["Comparison", "Evaluation", "Run", "attach", "climb", "compare", "evaluate", "generate", "load_base", "open", "train"]
+__all__ = ["Comparison", "Evaluation", "Run", "attach", "climb", "compare", "connect", "evaluate", "generate", "load_base", "open", "train"]
 
 
 def attach(base: Base | Model, adapter: str, *, name: str = "", seed: int = 0) -> Model:
@@ -97,17 +99,22 @@ def train(
         return train_job(job, folder, model=model, resume_hint="ts.train(..., resume=True)")
 
 
-def open(system: Askable, *, reporter: Reporter | None = None) -> Model:
-    """A model to ask: from a Base, a Model, a Run, or the name of a base or of a finished run ("runs/NAME").
+def open(system: Askable, *, reporter: Reporter | None = None) -> Model | Server:
+    """A model to ask: from a Base, a Model, a Run, or the name of a base, of a finished run ("runs/NAME") or of a server.
 
-    reporter: told when a base has to be fetched or converted first.
+    A server is named by URL, "http://HOST:PORT/v1" or with "#MODEL"; for its other options: `connect`.
+    reporter: told when a base has to be fetched or converted first, or a server is asked again.
     """
+    if isinstance(system, Server):
+        return system
     if isinstance(system, Run):
         return system.model
     if isinstance(system, Model):
         return system
     if isinstance(system, Base):
         return Model(system, name=system.name)
+    if is_server(system):
+        return connect(str(system), reporter=reporter)
     if is_run(system):
         return open_run(system)
     base = load_base(str(system), reporter=reporter)
@@ -176,12 +183,11 @@ def generate(
     dialogues: list[list[Message]] = [_dialogue(one) for one in (prompt if many else [prompt])]
     model = open(system)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, tuple(stop), seed)
-    renderer = model.renderer
-    prompts = [renderer.prompt(messages).ids for messages in dialogues]
     say = (lambda index, piece: on_text(piece)) if on_text is not None else None
-    with model.active():
-        done = sample(model.forward, model.base.tokenizer, prompts, sampling, ends=renderer.stop_ids, on_text=say)
-    texts = [one.text for one in done]
+    asked = answerer(model, shorten=False)
+    with asked.session():
+        done = asked.answer([Question(messages) for messages in dialogues], sampling, on_text=say)
+    texts = [one.text for one in done.replies]
     return texts if many else texts[0]
 
 
@@ -225,7 +231,9 @@ def _run_labels(systems: Sequence[Askable]) -> list[str]:
     return list(RunFolder(folder).result().get("labels", []))
 
 
-def _name(system: Askable, model: Model) -> str:
+def _name(system: Askable, model: Model | Server) -> str:
+    if isinstance(model, Server):
+        return model.name
     if isinstance(system, str | Path):
         return str(system)
     if isinstance(system, Run):

@@ -20,7 +20,7 @@ Status = Literal["ok", "warn", "missing"]
 
 CORE = (
     "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "huggingface_hub", "gguf", "numpy", "scipy",
-    "bm25s", "pydantic", "pyyaml", "typer", "rich", "jinja2", "filelock", "psutil",
+    "bm25s", "openai", "httpx2", "pydantic", "pyyaml", "typer", "rich", "jinja2", "filelock", "psutil",
 )  # fmt: skip
 """Distributions without which tunesmith does not work."""
 

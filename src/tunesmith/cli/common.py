@@ -16,9 +16,11 @@ from tunesmith.core.progress import Quiet, Reporter, Terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tunesmith.engine.model import Model
+    from tunesmith.engine.server import Server
     from tunesmith.spec import Spec
 
-SYSTEM_FORMS = "a hub id, a folder, a .gguf file, pypi:NAME==VERSION, or a finished run (runs/NAME)"
+SYSTEM_FORMS = "a hub id, a folder, a .gguf file, pypi:NAME==VERSION, a finished run (runs/NAME), or a server (http://HOST:PORT/v1#MODEL)"
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The run's description, a YAML file.", show_default=False)]
 Overrides = Annotated[
@@ -41,6 +43,10 @@ Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; may be repeated.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
+KeyEnv = Annotated[
+    str | None,
+    typer.Option("--key-env", metavar="NAME", help="Environment variable that holds a server's key; without it none is sent.", show_default=False),
+]
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
 
@@ -79,6 +85,22 @@ def complain(error: TunesmithError) -> None:
     for hint in hints:
         text.append(f"\n  {hint}", style="default not bold")
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+def open_all(systems: Sequence[str], key_env: str | None, reporter: Reporter) -> list[str | Server]:
+    """The systems, with servers connected to; --key-env is refused where none of them is one."""
+    from tunesmith.engine.server import connect, is_server
+
+    if key_env is not None and not any(map(is_server, systems)):
+        raise SpecError("--key-env names the key of a server, and no server is asked.", hints=["Form:  http://HOST:PORT/v1#MODEL"])
+    return [connect(system, key_env=key_env, reporter=reporter) if is_server(system) else system for system in systems]
+
+
+def open_one(system: str, key_env: str | None, reporter: Reporter) -> Model | Server:
+    """A system, loaded or connected to."""
+    from tunesmith.api import open as open_system
+
+    return open_system(open_all([system], key_env, reporter)[0])
 
 
 def is_override(word: str) -> bool:

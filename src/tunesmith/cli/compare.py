@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tunesmith.cli.common import SYSTEM_FORMS, AsJson, part, question_spec, session, stdout
+from tunesmith.cli.common import SYSTEM_FORMS, AsJson, KeyEnv, open_all, part, question_spec, session, stdout
 from tunesmith.cli.show import show_comparison
 
 
@@ -27,6 +27,7 @@ def compare(
     ] = None,
     margin: Annotated[float, typer.Option("--margin", min=0.001, max=0.5, help="Differences within it count as equivalent.")] = 0.02,
     report: Annotated[Path | None, typer.Option("--report", metavar="DIR", help="Also write a report there.", show_default=False)] = None,
+    key_env: KeyEnv = None,
     as_json: AsJson = False,
 ) -> None:
     """Ask systems the same questions and say whether they differ.
@@ -47,7 +48,7 @@ def compare(
         )
     described = question_spec(systems, spec, overrides)
     found = compare(
-        *systems,
+        *open_all(systems, key_env, session(ctx).reporter),
         questions=questions,
         task=described.task if described else None,
         data=described.data if described else None,

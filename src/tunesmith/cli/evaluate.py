@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.common import AsJson, System, part, question_spec, session
+from tunesmith.cli.common import AsJson, KeyEnv, System, open_one, part, question_spec, session
 from tunesmith.cli.show import evaluation_values, print_json, show_evaluation
 from tunesmith.core.errors import DataError
 
 if TYPE_CHECKING:
+    from tunesmith.core.progress import Reporter
     from tunesmith.core.record import Record
     from tunesmith.engine.model import Model
+    from tunesmith.engine.server import Server
     from tunesmith.evaluation.task import Task
     from tunesmith.ladder.training import Run
     from tunesmith.spec import Spec, TaskSpec
@@ -36,9 +38,10 @@ def evaluate(
     spec: Annotated[
         Path | None, typer.Option("--spec", metavar="FILE", help="Spec that says how to read and ask.", show_default=False)
     ] = None,
+    key_env: KeyEnv = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a base or a finished run questions and score its answers.
+    """Ask a base, a finished run or a server questions and score its answers.
 
     Columns and task of a run are those it was trained with. Dialogues of several turns are scored under the gold history
     and under the model's own.
@@ -51,7 +54,7 @@ def evaluate(
 
     described = question_spec([system], spec, _overrides(rest))
     task, records = _questions(_source(rest), described)
-    opened = _open(system)
+    opened = _open(system, key_env, session(ctx).reporter)
     ask = partial(evaluate, opened, records, data=described.data if described else None, name=system, reporter=session(ctx).reporter)
     found = ask(task=task)
     own = None
@@ -92,15 +95,15 @@ def _questions(source: str | None, described: Spec | None) -> tuple[Task | TaskS
     return make_task(described.task, splits.train), splits.test
 
 
-def _open(system: str) -> Run | Model:
+def _open(system: str, key_env: str | None, reporter: Reporter) -> Run | Model | Server:
     """The system, loaded once for however many evaluations; a run keeps its spec and its labels."""
-    from tunesmith.api import open as open_system
     from tunesmith.engine.rundir import RunFolder
     from tunesmith.engine.runs import is_run
+    from tunesmith.engine.server import Server
     from tunesmith.ladder.training import Run
 
-    model = open_system(system)
-    return Run(Path(system), model, RunFolder(Path(system)).result()) if is_run(system) else model
+    model = open_one(system, key_env, reporter)
+    return Run(Path(system), model, RunFolder(Path(system)).result()) if not isinstance(model, Server) and is_run(system) else model
 
 
 def _turns(record: Record) -> int:

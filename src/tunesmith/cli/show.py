@@ -73,11 +73,9 @@ def show_evaluation(evaluation: Evaluation, history: str = "") -> None:
         words += [f"macro F1 {evaluation.macro_f1():.3f}", f"{evaluation.unparseable} unparseable"]
     console.print(f"{evaluation.system} · {evaluation.n:,} questions", style="bold", soft_wrap=True)
     console.print(" · ".join(words), soft_wrap=True)
-    console.print(
-        f"{evaluation.prompt_tokens:.1f} + {evaluation.completion_tokens:.1f} tokens and {evaluation.seconds:.3f} s an answer"
-        f" · peak {evaluation.peak_memory_mb:,.0f} MB",
-        soft_wrap=True,
-    )
+    cost = f"{evaluation.prompt_tokens:.1f} + {evaluation.completion_tokens:.1f} tokens and {evaluation.seconds:.3f} s an answer"
+    peak = f" · peak {evaluation.peak_memory_mb:,.0f} MB" if evaluation.peak_memory_mb else ""
+    console.print(f"{cost}{peak}", soft_wrap=True)
     for note in evaluation.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
     if classes := evaluation.classes():

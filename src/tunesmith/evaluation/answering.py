@@ -5,35 +5,55 @@ Choosing: the likelihood of each label's whole answer given the prompt, in packs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
-from tunesmith.core.errors import DataError, RunError, TunesmithError
-from tunesmith.core.record import Message, Record
+from tunesmith.core.errors import DataError, RunError, SpecError, TunesmithError
+from tunesmith.core.record import Record
 from tunesmith.core.row import Row
 from tunesmith.data.lengths import drop_oldest_turns, longest_path
 from tunesmith.data.sharing import share_prefix
+from tunesmith.engine.asking import Answered, Answerer, OnText, Progress, Question, Reply, cut_note
 from tunesmith.engine.model import Model
 from tunesmith.engine.pack import pack_rows
-from tunesmith.engine.sampler import Completion, Sampling, generate
+from tunesmith.engine.sampler import Sampling, generate
+from tunesmith.engine.server import Server
 from tunesmith.evaluation.prompting import Ask
 from tunesmith.evaluation.task import Task
 
 PACK_TOKENS = 4096
 """Tokens of an evaluation pack. Without gradients little is kept, so packs may be larger than in training."""
 
-Progress = Callable[[int], None]
-
 
 @dataclass(slots=True)
 class System:
-    """A model and a way of asking it. reasons: answers are thought out in words, so they are generated and parsed."""
+    """A model, here or at a server, and a way of asking it. reasons: answers are thought out in words, generated and parsed."""
 
     name: str
-    model: Model
+    model: Model | Server
     ask: Ask
     reasons: bool = False
+
+    @property
+    def source(self) -> str:
+        """What stands behind it: the base, or the server's model."""
+        return self.model.name if isinstance(self.model, Server) else self.model.base.name
+
+    def answerer(self, batch: int = 32) -> Answerer:
+        """Who answers. batch: rows generated at once in this process; a server has its own `concurrency`."""
+        return answerer(self.model, batch)
+
+    def chooses(self, task: Task) -> bool:
+        """Is the likeliest label its answer? Raises SpecError where likelihoods would be needed from a server, which tells none."""
+        choose = task.kind == "label" and task.scoring == "likelihood" and not self.reasons
+        if choose and isinstance(self.model, Server):
+            raise SpecError(
+                "labels cannot be scored by likelihood through a server: it says answers, not the probabilities of given ones.",
+                where=self.name,
+                hints=["Nearest that works here:  task.scoring=generation"],
+            )
+        return choose
 
 
 @dataclass(slots=True)
@@ -54,15 +74,20 @@ class Answers:
 
 
 @contextmanager
-def located(record: Record) -> Iterator[None]:
-    """Errors within name the record's place, if they name none."""
+def located(where: str) -> Iterator[None]:
+    """Errors within name the place, if they name none."""
     try:
         yield
     except TunesmithError as cause:
-        raise type(cause)(cause.what, where=cause.where or record.where, hints=cause.hints) from cause.__cause__
+        raise type(cause)(cause.what, where=cause.where or where, hints=cause.hints) from cause.__cause__
 
 
 # Choosing among labels
+
+
+def answerer(model: Model | Server, batch: int = 32, *, shorten: bool = True) -> Answerer:
+    """Who answers for a model. batch, shorten: as of `InProcess`; a server bounds and shortens for itself."""
+    return model if isinstance(model, Server) else InProcess(model, batch, shorten)
 
 
 def score_options(model: Model, rows: Sequence[Row], progress: Progress | None = None) -> list[list[float]]:
@@ -84,15 +109,15 @@ def score_options(model: Model, rows: Sequence[Row], progress: Progress | None =
     return scores
 
 
-def by_likelihood(system: System, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
+def by_likelihood(system: System, model: Model, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
     """The label of the highest likelihood for each record."""
-    renderer = system.model.renderer
+    renderer = model.renderer
     rows = []
     for record in records:
-        with located(record):
+        with located(record.where):
             rows.append(renderer.options(system.ask(record), task.labels, tools=record.tools or None, where=record.where))
-    _check_context(system, rows)
-    scores = score_options(system.model, rows, progress)
+    _check_context(model, rows)
+    scores = score_options(model, rows, progress)
     best = [max(range(len(task.labels)), key=own.__getitem__) for own in scores]
     chosen = [task.labels[index] for index in best]
     return Answers(
@@ -100,17 +125,17 @@ def by_likelihood(system: System, task: Task, records: Sequence[Record], progres
         labels=chosen,
         prompt_tokens=sum(len(row.segments[0]) for row in rows),
         completion_tokens=sum(int(row.segments[1 + index].supervised.sum()) for row, index in zip(rows, best, strict=True)),
-        first_prompt=system.model.base.tokenizer.decode(rows[0].segments[0].ids.tolist()),
+        first_prompt=model.base.tokenizer.decode(rows[0].segments[0].ids.tolist()),
     )
 
 
-def _check_context(system: System, rows: Sequence[Row]) -> None:
-    context = system.model.base.context_length
+def _check_context(model: Model, rows: Sequence[Row]) -> None:
+    context = model.base.context_length
     for row in rows:
         longest = longest_path(row)
         if context and longest > context:
             raise DataError(
-                f"the question takes {longest:,} tokens with its demonstrations; {system.model.base.name} reads {context:,}.",
+                f"the question takes {longest:,} tokens with its demonstrations; {model.base.name} reads {context:,}.",
                 where=row.where,
                 hints=["Use fewer demonstrations (shots=...), or shorten the text."],
             )
@@ -119,55 +144,64 @@ def _check_context(system: System, rows: Sequence[Row]) -> None:
 # Generating
 
 
-def by_generation(system: System, task: Task, records: Sequence[Record], batch: int, progress: Progress) -> Answers:
+def by_generation(system: System, answerer: Answerer, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
     """What the system says to each record."""
-    asked = []
-    for record in records:
-        with located(record):
-            asked.append((system.ask(record), record))
-    done, prompts, notes = answer_all(system.model, asked, task.max_new_tokens, batch, progress)
+    done = answerer.answer(questions(system, records), Sampling(max_new_tokens=task.max_new_tokens), progress=progress)
     return Answers(
-        texts=[one.text.strip() for one in done],
-        prompt_tokens=sum(map(len, prompts)),
-        completion_tokens=sum(len(one.ids) for one in done),
-        first_prompt=system.model.base.tokenizer.decode(prompts[0]),
-        notes=notes,
+        texts=[reply.text.strip() for reply in done.replies],
+        prompt_tokens=sum(reply.prompt_tokens for reply in done.replies),
+        completion_tokens=sum(reply.completion_tokens for reply in done.replies),
+        first_prompt=done.first_prompt,
+        notes=done.notes,
     )
 
 
-def answer_all(
-    model: Model,
-    asked: Sequence[tuple[Sequence[Message], Record]],
-    max_new_tokens: int,
-    batch: int = 32,
-    progress: Progress | None = None,
-) -> tuple[list[Completion], list[list[int]], list[str]]:
-    """Greedy answers to message lists. Histories that leave no room in the context lose whole oldest turns.
+def questions(system: System, records: Sequence[Record]) -> list[Question]:
+    """The records as the system asks them."""
+    asked = []
+    for record in records:
+        with located(record.where):
+            asked.append(Question(system.ask(record), record.tools, record.where))
+    return asked
 
-    Returns completions, prompts as token ids, and notes about what was dropped. Raises RunError where an answer of
-    `max_new_tokens` leaves no room at all, DataError where a last turn alone leaves too little for it.
-    """
-    renderer, context = model.renderer, model.base.context_length
-    if context and max_new_tokens >= context:
-        what = f"answers of {max_new_tokens:,} tokens leave no room for a question in a context of {context:,}."
-        raise RunError(what, hints=["Lower it:  task.max_new_tokens=N"])
-    prompts: list[list[int]] = []
-    shortened = 0
-    for messages, record in asked:
-        tools = record.tools or None
-        with located(record):
-            ids = renderer.prompt(messages, tools=tools).ids
-            if context and len(ids) + max_new_tokens > context:
-                kept, _ = drop_oldest_turns(model.base.tokenizer, messages, context - max_new_tokens, tools=tools, renderer=renderer)
-                ids = renderer.prompt(kept, tools=tools).ids
-                shortened += 1
-        prompts.append(ids)
-    sampling = Sampling(max_new_tokens=max_new_tokens)
-    done = generate(model.forward, model.base.tokenizer, prompts, sampling, ends=renderer.stop_ids, batch=batch, progress=progress)
-    notes = []
-    if shortened:
-        notes.append(f"{shortened} of {len(prompts)} prompts left no room for an answer in {context:,} tokens and lost their oldest turns")
-    cut = sum(one.finished == "length" for one in done)
-    if cut:
-        notes.append(f"{cut} of {len(done)} answers reached the limit of {max_new_tokens} tokens unfinished")
-    return done, prompts, notes
+
+@dataclass(frozen=True, slots=True)
+class InProcess:
+    """A model in this process as an answerer. batch: rows generated at once. shorten: histories that leave no room in the
+    context lose whole oldest turns."""
+
+    model: Model
+    batch: int = 32
+    shorten: bool = True
+
+    def session(self) -> AbstractContextManager[None]:
+        """The model with exactly its adapters."""
+        return self.model.active()
+
+    def answer(
+        self, asked: Sequence[Question], sampling: Sampling, *, progress: Progress | None = None, on_text: OnText | None = None
+    ) -> Answered:
+        """Raises RunError where an answer of `max_new_tokens` leaves no room at all, DataError where a last turn alone does."""
+        model, context, room = self.model, self.model.base.context_length, sampling.max_new_tokens
+        if self.shorten and context and room >= context:
+            what = f"answers of {room:,} tokens leave no room for a question in a context of {context:,}."
+            raise RunError(what, hints=["Lower it:  task.max_new_tokens=N"])
+        tokenizer, renderer = model.base.tokenizer, model.renderer
+        prompts: list[list[int]] = []
+        shortened = 0
+        for question in asked:
+            tools = question.tools or None
+            with located(question.where):
+                ids = renderer.prompt(question.messages, tools=tools).ids
+                if self.shorten and context and len(ids) + room > context:
+                    kept, _ = drop_oldest_turns(tokenizer, question.messages, context - room, tools=tools, renderer=renderer)
+                    ids = renderer.prompt(kept, tools=tools).ids
+                    shortened += 1
+            prompts.append(ids)
+        done = generate(
+            model.forward, tokenizer, prompts, sampling, ends=renderer.stop_ids, batch=self.batch, progress=progress, on_text=on_text
+        )
+        replies = [Reply(one.text, one.finished, len(ids), len(one.ids)) for one, ids in zip(done, prompts, strict=True)]
+        lost = f"{shortened} of {len(prompts)} prompts left no room for an answer in {context:,} tokens and lost their oldest turns"
+        notes = [*([lost] if shortened else []), *cut_note(replies, room)]
+        return Answered(replies, tokenizer.decode(prompts[0]) if prompts else "", notes)

@@ -11,31 +11,28 @@ from dataclasses import replace
 from typing import Literal
 
 from tunesmith.core.record import Message, Record
-from tunesmith.evaluation.answering import Answers, Progress, System, answer_all, located
+from tunesmith.engine.asking import Answerer, Progress
+from tunesmith.engine.sampler import Sampling
+from tunesmith.evaluation.answering import Answers, System, questions
 from tunesmith.evaluation.metrics import metric, score_all
 from tunesmith.evaluation.prompting import final_answer
 from tunesmith.evaluation.task import Task
 
 
-def by_turns(system: System, task: Task, records: Sequence[Record], batch: int, progress: Progress) -> Answers:
+def by_turns(system: System, answerer: Answerer, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
     """What the system says in each assistant turn; `task.history` says whose earlier turns stand before it."""
     places = [_spoken(record) for record in records]
     out = Answers(texts=[], turns=[[] for _ in records])
     for turn in range(max(map(len, places))):
         members = [index for index, own in enumerate(places) if len(own) > turn]
         cuts = [_cut(records[i], places[i], turn, [said for said, _ in out.turns[i]], task.history) for i in members]
-        asked = []
-        for cut in cuts:
-            with located(cut):
-                asked.append((system.ask(cut), cut))
-        done, prompts, notes = answer_all(system.model, asked, task.max_new_tokens, batch)
-        for index, cut, one in zip(members, cuts, done, strict=True):
+        done = answerer.answer(questions(system, cuts), Sampling(max_new_tokens=task.max_new_tokens))
+        for index, cut, one in zip(members, cuts, done.replies, strict=True):
             out.turns[index].append((final_answer(one.text) if system.reasons else one.text.strip(), cut))
-        out.prompt_tokens += sum(map(len, prompts))
-        out.completion_tokens += sum(len(one.ids) for one in done)
-        out.notes += [f"turn {turn + 1}: {note}" for note in notes]
-        if turn == 0:
-            out.first_prompt = system.model.base.tokenizer.decode(prompts[0])
+        out.prompt_tokens += sum(one.prompt_tokens for one in done.replies)
+        out.completion_tokens += sum(one.completion_tokens for one in done.replies)
+        out.notes += [f"turn {turn + 1}: {note}" for note in done.notes]
+        out.first_prompt = out.first_prompt or done.first_prompt
         progress(sum(len(places[i]) == turn + 1 for i in members))
     out.texts = ["\n".join(said for said, _ in turns) for turns in out.turns]
     if silent := sum(_silent(record) for record in records):

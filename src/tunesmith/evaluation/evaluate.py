@@ -17,7 +17,9 @@ from tunesmith.bases.memory import PeakMemory
 from tunesmith.core.errors import DataError
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.record import Record
-from tunesmith.evaluation.answering import Answers, System, answer_all, by_generation, by_likelihood, score_options
+from tunesmith.engine.model import Model
+from tunesmith.engine.server import Server
+from tunesmith.evaluation.answering import Answers, System, by_generation, by_likelihood, score_options
 from tunesmith.evaluation.dialogues import by_turns, turn_scores
 from tunesmith.evaluation.labels import parse_label
 from tunesmith.evaluation.metrics import metric, score_all
@@ -25,36 +27,39 @@ from tunesmith.evaluation.prompting import final_answer
 from tunesmith.evaluation.results import Evaluation, Judged
 from tunesmith.evaluation.task import Task, is_dialogue
 
-__all__ = ["System", "answer_all", "evaluate", "evaluate_histories", "score_options"]
+__all__ = ["System", "evaluate", "evaluate_histories", "score_options"]
 
 
 def evaluate(system: System, task: Task, records: Sequence[Record], *, reporter: Reporter | None = None, batch: int = 32) -> Evaluation:
     """Ask every record and judge every answer; nothing is dropped.
 
-    Raises DataError where a record cannot be asked or judged, RunError where answers leave no room in the context.
+    Raises DataError where a record cannot be asked or judged, RunError where answers leave no room in the context or a
+    server fails, SpecError where labels are to be scored by likelihood through a server.
     """
     if not records:
         raise DataError("there are no questions to evaluate on.")
     task.check(records)
     reporter = reporter or Quiet()
-    choose = task.kind == "label" and task.scoring == "likelihood" and not system.reasons
-    with torch.no_grad(), system.model.active(), PeakMemory() as memory, reporter.work(system.name, len(records)) as work:
-        began = time.perf_counter()
-        if choose:
-            answers = by_likelihood(system, task, records, work.advance)
-        elif task.kind == "generate" and any(is_dialogue(record) for record in records):
-            answers = by_turns(system, task, records, batch, work.advance)
-        else:
-            answers = by_generation(system, task, records, batch, work.advance)
-        seconds = time.perf_counter() - began
+    choose, model, answerer = system.chooses(task), system.model, system.answerer(batch)
+    with torch.no_grad(), answerer.session():
+        with PeakMemory() as memory, reporter.work(system.name, len(records)) as work:
+            began = time.perf_counter()
+            if choose and isinstance(model, Model):
+                answers = by_likelihood(system, model, task, records, work.advance)
+            elif task.kind == "generate" and any(is_dialogue(record) for record in records):
+                answers = by_turns(system, answerer, task, records, work.advance)
+            else:
+                answers = by_generation(system, answerer, task, records, work.advance)
+            seconds = time.perf_counter() - began
+        judged = _judge(system, task, records, answers)  # within the session: a metric that fails costs no answers
     return Evaluation(
         system=system.name,
         task=task,
-        judged=_judge(system, task, records, answers),
+        judged=judged,
         prompt_tokens=answers.prompt_tokens / len(records),
         completion_tokens=answers.completion_tokens / len(records),
         seconds=seconds / len(records),
-        peak_memory_mb=memory.gpu_mb or memory.mb,
+        peak_memory_mb=0.0 if isinstance(model, Server) else memory.gpu_mb or memory.mb,
         prompt=answers.first_prompt,
         notes=answers.notes,
     )

@@ -35,8 +35,9 @@ class Evaluation:
     """One system on one set of questions.
 
     prompt_tokens, completion_tokens: mean a question, as a server would bill them. seconds: mean a question.
-    prompt: the exact text read for the first question. notes: what a reader must know. histories: of dialogues that were
-    asked both ways, the mean score under the "gold" history and under the system's "own".
+    peak_memory_mb: of this process; 0 where a server answered. prompt: the exact text read for the first question.
+    notes: what a reader must know. histories: of dialogues that were asked both ways, the mean score under the "gold"
+    history and under the system's "own".
     """
 
     system: str

@@ -56,7 +56,7 @@ class Comparison:
             done,
             title=" or ".join(system.name for system in self.systems) + "?",
             task=self.task,
-            base=self.systems[0].model.base.name,
+            base=self.systems[0].source,
             metric=metric,
             margin=self.margin,
         )
@@ -82,6 +82,8 @@ def compare_systems(
     systems: Sequence[System], task: Task, records: Sequence[Record], *, margin: float = 0.02, reporter: Reporter | None = None
 ) -> Comparison:
     """Ask each system every record. Raises what `evaluate` raises."""
+    for system in systems:
+        system.chooses(task)  # a refusal comes before any work
     evaluations = [evaluate(system, task, records, reporter=reporter) for system in systems]
     verdicts = paired_verdicts(evaluations, margin)
     return Comparison(task, list(systems), evaluations, verdicts, margin)

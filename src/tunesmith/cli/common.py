@@ -45,7 +45,9 @@ Stop = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Of the sampling.")]
 KeyEnv = Annotated[
     str | None,
-    typer.Option("--key-env", metavar="NAME", help="Environment variable that holds a server's key; without it none is sent.", show_default=False),
+    typer.Option(
+        "--key-env", metavar="NAME", help="Environment variable that holds a server's key; without it none is sent.", show_default=False
+    ),
 ]
 
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")

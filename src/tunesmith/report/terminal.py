@@ -27,7 +27,7 @@ def to_table(report: Report) -> Table:
     for column in (numbers.scale_of(report).name, "95 %", "tokens", "time"):
         table.add_column(Text(column), justify="right", no_wrap=True)
     table.add_column("training", justify="right")
-    table.add_column("against best before", min_width=16)
+    table.add_column("vs best before", min_width=15, no_wrap=True)
     for rung in report.rungs:
         chosen = rung is concluded.rung
         table.add_row(*_cells(report, rung, chosen), style="bold" if chosen else None)
@@ -56,7 +56,7 @@ def _against(rung: Rung, scale: numbers.Scale) -> Text:
     if made is None:
         return Text("")
     line = Text(f"{verdict.GLYPHS[made.verdict]} {made.verdict}", style=STYLES[made.verdict])
-    line.append(f"\n{scale.short_gain(made.difference)}, {numbers.p_value(made.p_adjusted)}", style="not bold default")
+    line.append(f"\n{scale.short_gain(made.difference)}, {numbers.p_value(made.p_adjusted).replace(' ', '')}", style="not bold default")
     if made.verdict == "undecided" and made.questions_needed:
         line.append(f"\nneeds {made.questions_needed:,} more", style="not bold default")
     return line

@@ -132,7 +132,7 @@ def test_a_comparison_as_json_is_a_report(tunesmith: Any, spec: Path, reviews: P
 def test_a_climb_prints_its_table_and_where_the_report_lies(tunesmith: Any, spec: Path, tmp_path: Path) -> None:
     shown = tunesmith("climb", spec, "climb.rungs=[zero_shot, sft]")
     assert shown.exit_code == 0, shown.output
-    assert "against best before" in shown.stdout
+    assert "vs best before" in shown.stdout
     assert "report    runs/spec/report.html" in shown.stdout
     assert (tmp_path / "runs" / "spec" / "report.html").is_file()
 

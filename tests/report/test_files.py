@@ -133,7 +133,7 @@ def test_the_terminal_table_shows_every_rung_and_takes_brackets_in_titles_as_tex
     console.print(to_table(variant(rungs=rungs)))
     shown = console.export_text()
     assert "Zero [red]shot[/red]" in shown and "LoRA ●" in shown
-    assert "82.9 %" in shown and "79–86" in shown and "▲ better" in shown and "+24.9, p < 0.001" in shown
+    assert "82.9 %" in shown and "79–86" in shown and "▲ better" in shown and "+24.9, p<0.001" in shown
 
 
 def test_the_terminal_table_fits_eighty_columns_without_breaking_words(sample: Report) -> None:
@@ -141,6 +141,6 @@ def test_the_terminal_table_fits_eighty_columns_without_breaking_words(sample: R
     console.print(to_table(sample))
     shown = console.export_text()
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
-    for word in ("Zero-shot", "neighbour", "undecided", "better", "4 min", "+24.9, p < 0.001", "needs 640 more"):
+    for word in ("Zero-shot", "neighbour", "undecided", "better", "4 min", "+24.9, p<0.001", "needs 640 more"):
         assert word in shown
     assert sample.recommendation.reason in " ".join(shown.split()), "nothing is cut off"

@@ -109,6 +109,7 @@ class TrainSpec(Section):
     epochs: float | None = Field(default=None, gt=0)
     batch: int = Field(default=32, ge=1, description="rows of an optimiser step; micro-batches are chosen to fit")
     pack_tokens: int = Field(default=2048, ge=8, description="tokens of a micro-batch")
+    checkpointing: bool = Field(default=False, description="compute activations again in the backward: less memory, more time")
     lr: float | None = Field(default=None, gt=0, description="default: 2e-4, or 2e-5 where the base is trained in place")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.05, ge=0, description="share of the steps if below 1, else steps")

@@ -8,7 +8,7 @@ cannot be packed. Which one a model gets is found by trying (`probe.py`), not fr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,10 @@ class Forward:
         finally:
             if before != name:
                 self.model.set_attn_implementation(before)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep the training attention on between forward and backward, for activations that are computed again in the latter."""
+        return self.attention(attention.NAME if self.packed else self.own_attention)
 
     @contextmanager
     def neftune(self, alpha: float | None, kind: str = "uniform") -> Iterator[None]:

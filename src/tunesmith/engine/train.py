@@ -24,6 +24,7 @@ from tunesmith.core.errors import Interrupted, RunError
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.row import Row
 from tunesmith.data.sharing import share_prefix
+from tunesmith.engine.memory import in_mode, out_of_memory, recomputing, release
 from tunesmith.engine.model import Model
 from tunesmith.engine.optimizer import Optimizer, learning_rate
 from tunesmith.engine.pack import Pack, pack_rows
@@ -50,6 +51,7 @@ class State:
     train_seconds: float = 0.0
     dev_seconds: float = 0.0
     metrics_offset: int = 0
+    pack_tokens: int | None = None  # of a micro-batch, where the spec's did not fit into memory
 
 
 class Trainer:
@@ -93,9 +95,17 @@ class Trainer:
         self.metrics = Metrics(self.folder.path / "metrics.jsonl", self.state.metrics_offset)
         trackers = Trackers(self.spec.track, self.folder.path, self.folder.path.name, self.spec.model_dump(mode="json"))
         noise = self.model.forward.neftune(self.spec.train.neftune, self.spec.train.neftune_noise)
+        again = recomputing(self.model.base.model, self.spec.train.checkpointing)
         self.adapter.train()
         try:
-            with self.model.active(), noise, self._signals(), self.reporter.work("step", self.total, self.state.step) as work:
+            with (
+                self.model.active(),
+                noise,
+                again,
+                self.model.forward.held(),
+                self._signals(),
+                self.reporter.work("step", self.total, self.state.step) as work,
+            ):
                 while self.state.step < self.total and not self._patience_over():
                     values = self._one_step()
                     trackers.log(values, self.state.step)
@@ -114,9 +124,7 @@ class Trainer:
         began, step, spec = time.perf_counter(), self.state.step, self.spec.train
         rows = [self.rows[index] for index in self.order(step)]
         weight = float(sum(row.supervised_tokens for row in rows))
-        packs = pack_rows(self._trees(rows), max(spec.pack_tokens, max(row.tokens for row in rows)))
-        total = sum(self._backward(pack, micro, weight) for micro, pack in enumerate(packs))
-        loss, norm = total / weight, self.optimizer.gradient_norm()
+        loss, norm = self._gradients(rows, weight) / weight, self.optimizer.gradient_norm()
         lr = learning_rate(step, self.total, self.lr, spec)
         self._guard(loss, norm, lr, rows)
         self.optimizer.step(lr, 1.0 if spec.clip is None else min(1.0, spec.clip / (norm + 1e-6)))
@@ -131,7 +139,39 @@ class Trainer:
         self.metrics.write(step=self.state.step, **values)
         return values
 
-    def _trees(self, rows: Sequence[Row]) -> list[Row]:
+    def _gradients(self, rows: Sequence[Row], weight: float) -> float:
+        """Forward and backward of the step's rows, the summed loss. What does not fit into memory is done again in smaller
+        micro-batches: the same rows, the same loss."""
+        longest = max(row.tokens for row in rows)
+        while True:
+            budget = max(self.state.pack_tokens or self.spec.train.pack_tokens, longest)
+            packs = pack_rows(self._trees(rows, budget), budget)
+            try:
+                return sum(self._backward(pack, micro, weight) for micro, pack in enumerate(packs))
+            except (RuntimeError, MemoryError) as cause:
+                if not out_of_memory(cause):
+                    raise
+            self._shrink(max(pack.tokens for pack in packs), longest)
+
+    def _shrink(self, tokens: int, longest: int) -> None:
+        """Halve the micro-batch for the rest of the run. Raises RunError where a single row is too much."""
+        self.optimizer.clear()
+        release()
+        if tokens <= longest:
+            raise RunError(
+                f"out of memory with a single row of {longest:,} tokens in a micro-batch.",
+                where=str(self.folder.path),
+                hints=[
+                    "Compute activations again instead of keeping them:  train.checkpointing=true",
+                    f"Or shorten the rows:  data.max_tokens={longest // 2} data.overlong=truncate-left-of-prompt",
+                    "Or take a smaller base, or adapt fewer layers.",
+                ],
+            )
+        self.state.pack_tokens = max(tokens // 2, longest)
+        said = f"out of memory with {tokens:,} tokens a micro-batch; from now on {self.state.pack_tokens:,}: the same rows a step, the same loss"
+        self.reporter.line("memory", said)
+
+    def _trees(self, rows: Sequence[Row], budget: int) -> list[Row]:
         """The step's rows with common prompts merged: system turns and instructions are computed once, not once a row.
 
         Exact, since shared tokens are unsupervised and see nothing but themselves. Not under NEFTune, where every row has
@@ -139,7 +179,7 @@ class Trainer:
         """
         if self.spec.train.neftune is not None or not self.model.forward.packed:
             return list(rows)
-        return [shared.row for shared in share_prefix(rows, max_tokens=self.spec.train.pack_tokens)]
+        return [shared.row for shared in share_prefix(rows, max_tokens=budget)]
 
     def _backward(self, pack: Pack, micro: int, weight: float) -> float:
         torch.manual_seed(_mix(self.spec.train.seed, self.state.step, micro))
@@ -195,9 +235,8 @@ class Trainer:
     def _judge(self) -> tuple[dict[str, float], bool]:
         assert self.dev is not None
         began, state = time.perf_counter(), self.state
-        self.adapter.train(False)
-        values = {f"dev_{name}": float(value) for name, value in self.dev().items()}
-        self.adapter.train()
+        with in_mode(self.model.base.model, training=False):
+            values = {f"dev_{name}": float(value) for name, value in self.dev().items()}
         state.dev_seconds += time.perf_counter() - began
         self.metrics.write(step=state.step, **values)
         judged = next(iter(values.values()))

@@ -168,8 +168,8 @@ class Trainer:
                 ],
             )
         self.state.pack_tokens = max(tokens // 2, longest)
-        said = f"out of memory with {tokens:,} tokens a micro-batch; from now on {self.state.pack_tokens:,}: the same rows a step, the same loss"
-        self.reporter.line("memory", said)
+        smaller = f"{self.state.pack_tokens:,} from now on: the same rows a step, the same loss"
+        self.reporter.line("memory", f"out of memory with {tokens:,} tokens a micro-batch; {smaller}")
 
     def _trees(self, rows: Sequence[Row], budget: int) -> list[Row]:
         """The step's rows with common prompts merged: system turns and instructions are computed once, not once a row.

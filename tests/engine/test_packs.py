@@ -20,8 +20,40 @@ from tunesmith.engine.forward import Forward, log_probs_of
 from tunesmith.engine.pack import best_fit, build_pack, pack_rows
 from tunesmith.engine.probe import probe
 
-PACKED = ["llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "phi", "gpt2", "gpt_neox", "olmo2"]
-PADDED = ["bloom", "falcon", "gptj", "mamba"]
+PACKED = [
+    "llama",
+    "llama-tied",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "mistral",
+    "phi3",
+    "phi",
+    "gpt2",
+    "gpt_neox",
+    "olmo",
+    "olmo2",
+    "granite",
+    "cohere",
+    "olmo3",
+    "cohere2",
+    "starcoder2",
+    "smollm3",
+    "mixtral",
+    "opt",
+]
+NO_INTERFACE = "its attention does not go through transformers' attention interface"
+PADDED = {
+    "bloom": NO_INTERFACE,
+    "falcon": NO_INTERFACE,
+    "gptj": NO_INTERFACE,
+    "mamba": NO_INTERFACE,
+    "gpt_oss": "packed attention has no s_aux",
+    "stablelm": "the model does not hand packs to its attention",
+    "llama4": "some of its layers attend within chunks",
+    "qwen3_5": "a pack differs from rows alone by",
+}
 
 Build = Callable[..., Any]
 Alone = Callable[[Any, list[Row]], Tensor]
@@ -69,7 +101,7 @@ def test_long_segments_are_trained_in_blocks_and_compute_the_same(
     model = build(family)
     forward = probe(model)
     named = trained(model, "lora")
-    monkeypatch.setattr(attention, "_LONG", 20)
+    monkeypatch.setattr("tunesmith.engine.pack.LONG", 20)
     monkeypatch.setattr(attention, "_BLOCK", block)
     spans: list[int] = []
     original = attention._spans
@@ -88,7 +120,7 @@ def test_long_segments_take_the_fused_kernel_where_nothing_is_trained_and_comput
     forward = probe(model)
     fused = []
     original = attention._fused
-    monkeypatch.setattr(attention, "_LONG", 20)
+    monkeypatch.setattr("tunesmith.engine.pack.LONG", 20)
     monkeypatch.setattr(attention, "_fused", lambda *args: fused.append(args[3]) or original(*args))
     with torch.no_grad():
         got, wanted = forward(build_pack(rows)).log_probs, alone(model, rows)
@@ -102,7 +134,7 @@ def test_a_family_that_cannot_be_packed_is_padded_says_why_and_computes_the_same
 ) -> None:
     model = build(family)
     forward = probe(model)
-    assert not forward.packed and len(forward.why) > 20
+    assert not forward.packed and forward.why.startswith(PADDED[family])
     assert model.config._attn_implementation == forward.own_attention != attention.NAME
     named = trained(model, "full" if family == "mamba" else "lora")
     got, wanted = forward(build_pack(rows)).log_probs, alone(model, rows)
@@ -117,7 +149,10 @@ def test_the_padded_path_of_a_family_that_packs_computes_the_same(build: Build, 
     assert torch.allclose(probe(model)(pack).log_probs, padded, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "direct"), [("llama", True), ("phi", True), ("gemma2", False), ("gpt2", True), ("gemma3", True)])
+@pytest.mark.parametrize(
+    ("family", "direct"),
+    [("llama", True), ("phi", True), ("gpt2", True), ("gemma3", True), ("gemma2", False), ("granite", False), ("cohere", False)],
+)
 def test_a_head_that_is_more_than_a_matrix_falls_back_to_the_models_own(family: str, direct: bool, build: Build) -> None:
     assert probe(build(family)).direct_head is direct
 
@@ -199,6 +234,36 @@ def test_packing_loses_no_row_keeps_the_budget_and_every_token_attends_once(rows
         assert len(pack.target) == sum(row.supervised_tokens for row in pack.rows)
 
 
+def pairs_of(rows: list[Row], unroll: bool, causal: bool, window: int | None) -> set[tuple[int, int]]:
+    """Who sees whom, token by token along every path: (query, key) by their places in the pack."""
+    found, end = set(), 0
+    for row in rows:
+        lies: dict[int, list[int]] = {}
+        for index in row.leaves() if unroll else range(len(row.segments)):
+            above = [] if unroll else [token for i in row.path(index)[:-1] for token in lies[i]]
+            own = sum(len(row.segments[i]) for i in row.path(index)) if unroll else len(row.segments[index])
+            lies[index] = list(range(end, end + own))
+            end += own
+            path = above + lies[index]
+            for i in range(len(above), len(path)):
+                keys = path[: i + 1] if causal else path
+                found |= {(path[i], key) for j, key in enumerate(keys) if window is None or abs(i - j) < window}
+    return found
+
+
+@given(rows=st.lists(trees(), min_size=1, max_size=5), unroll=st.booleans(), causal=st.booleans(), window=st.none() | st.integers(1, 9))
+def test_buckets_hold_each_pair_of_a_token_and_one_on_its_path_exactly_once_and_no_other(
+    rows: list[Row], unroll: bool, causal: bool, window: int | None
+) -> None:
+    pack = build_pack(rows, unroll=unroll)
+    met: list[tuple[int, int]] = []
+    for bucket in pack.buckets:
+        real = torch.ones(bucket.query.numel(), dtype=torch.bool).index_fill_(0, bucket.pad, False).view(*bucket.query.shape, 1)
+        at, i, j = (real & bucket.allowed(causal, window)).nonzero().T
+        met += zip(bucket.query[at, i].tolist(), bucket.key[at, j].tolist(), strict=True)
+    assert len(met) == len(set(met)) and set(met) == pairs_of(rows, unroll, causal, window)
+
+
 @given(sizes=st.lists(st.integers(1, 50), max_size=60), budget=st.integers(50, 120))
 def test_best_fit_needs_few_bins_and_holds_every_item_once(sizes: list[int], budget: int) -> None:
     bins = best_fit(sizes, budget)
@@ -231,7 +296,7 @@ def test_a_pack_moves_to_a_device_whole_and_stays_itself_where_it_is(rows: list[
     moved = pack.to(torch.device("meta"))
     holders = [(pack, moved), *zip(pack.buckets, moved.buckets, strict=True)]
     tensors = [(a, b, name) for a, b in holders for name in type(a).__slots__ if isinstance(getattr(a, name), Tensor)]
-    assert len(tensors) == 7 + 5 * len(pack.buckets)
+    assert len(tensors) == 9 + 5 * len(pack.buckets)
     for before, after, name in tensors:
         assert getattr(after, name).device.type == "meta" and getattr(after, name).shape == getattr(before, name).shape
     assert pack.to(torch.device("cpu")) is pack
@@ -256,10 +321,11 @@ def test_sums_by_segment_and_by_row_add_up_the_tokens(build: Build, rows: list[R
     assert sums[-1] == pytest.approx(float(wanted[-1]), abs=1e-4)
 
 
-def test_bf16_models_are_packed_too(build: Build, rows: list[Row], alone: Alone) -> None:
-    model = build("llama").to(torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "mistral", "gpt2"])
+def test_bf16_models_are_packed_too(family: str, build: Build, rows: list[Row], alone: Alone) -> None:
+    model = build(family).to(torch.bfloat16)
     forward = probe(model)
-    assert forward.packed and forward.direct_head
+    assert forward.packed and forward.direct_head == (family != "gemma2")
     with torch.no_grad():
         assert (forward(build_pack(rows)).log_probs - alone(model, rows)).abs().max() < 0.15
 

@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy.stats import chisquare
 
 from tunesmith.adapters import attach
 from tunesmith.core.errors import RunError, SpecError
-from tunesmith.engine import sampler
+from tunesmith.engine import decoders
 from tunesmith.engine.forward import Forward
+from tunesmith.engine.prefill import PrefixCache
 from tunesmith.engine.probe import probe
-from tunesmith.engine.sampler import Sampling, choose, generate
+from tunesmith.engine.sampler import Completion, Sampling, generate
 
 Build = Callable[..., Any]
 
@@ -49,7 +47,11 @@ def by_the_model(forward: Forward, asked: list[list[int]], count: int) -> list[l
 
 @pytest.mark.parametrize("shared", [0, 40])
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3", "gpt2", "mistral", "qwen3", "phi3", "gpt_neox", "bloom", "falcon", "mamba"]
+    "family",
+    [
+        *["llama", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "mistral", "phi3", "phi", "gpt_neox", "olmo2"],
+        *["bloom", "falcon", "gptj", "mamba"],
+    ],
 )
 def test_greedy_answers_are_the_models_own_for_ragged_prompts_with_and_without_a_common_beginning(
     family: str, shared: int, speak: Callable[..., Forward], tiny_tokenizer: Any
@@ -60,17 +62,57 @@ def test_greedy_answers_are_the_models_own_for_ragged_prompts_with_and_without_a
     assert [answer.ids for answer in said] == by_the_model(forward, asked, 12)
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Lengths of what is read at each reading of prompts."""
+    seen: list[list[int]] = []
+    original = decoders.read_prompts
+
+    def noted(forward: Forward, asked: Any) -> Any:
+        seen.append([len(ids) for ids, _ in asked])
+        return original(forward, asked)
+
+    monkeypatch.setattr(decoders, "read_prompts", noted)
+    return seen
+
+
 def test_a_common_beginning_is_computed_once_and_only_from_a_length_that_pays(
-    speak: Callable[..., Forward], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    speak: Callable[..., Forward], tiny_tokenizer: Any, read: list[list[int]]
 ) -> None:
     forward = speak()
-    seen: list[int] = []
-    original = sampler._Job.prefill
-    monkeypatch.setattr(sampler._Job, "prefill", lambda self, ids: seen.append(len(ids)) or original(self, ids))
-    for shared in (23, 24, 40):
+    decoders.keeps_keys(forward)
+    for shared, wanted in ((23, [[24, 26, 30, 34, 34]]), (24, [[24], [1, 3, 7, 11, 11]]), (40, [[40], [1, 3, 7, 11, 11]])):
+        read.clear()
         generate(forward, tiny_tokenizer, prompts(tiny_tokenizer, shared), Sampling(max_new_tokens=2))
+        assert read == wanted
+    read.clear()
     generate(forward, tiny_tokenizer, prompts(tiny_tokenizer, 40)[:1], Sampling(max_new_tokens=2))
-    assert seen == [24, 40]
+    assert read == [[43]]
+
+
+def test_a_prompt_is_read_once_for_all_its_samples_even_when_they_come_in_one_after_another(
+    speak: Callable[..., Forward], tiny_tokenizer: Any, read: list[list[int]]
+) -> None:
+    forward = speak()
+    decoders.keeps_keys(forward)
+    asked = prompts(tiny_tokenizer)
+    read.clear()
+    said = generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=9, temperature=1.0), samples=7, batch=4)
+    assert sorted(length for part in read for length in part) == sorted(map(len, asked)) and len(said) == 35
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bloom", "mamba"])
+def test_samples_come_prompt_by_prompt_the_first_as_if_it_were_alone_and_all_different(
+    family: str, speak: Callable[..., Forward], tiny_tokenizer: Any
+) -> None:
+    forward, sampling = speak(family), Sampling(max_new_tokens=12, temperature=1.0)
+    asked = prompts(tiny_tokenizer)
+    several = generate(forward, tiny_tokenizer, asked, sampling, samples=3, batch=6)
+    one = generate(forward, tiny_tokenizer, asked, sampling)
+    assert [answer.ids for answer in several[::3]] == [answer.ids for answer in one]
+    assert len({tuple(answer.ids) for answer in several}) == 15
+    greedy = generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=5), samples=2)
+    assert [answer.ids for answer in greedy[::2]] == [answer.ids for answer in greedy[1::2]] == by_the_model(forward, asked, 5)
 
 
 def test_identical_prompts_and_prompts_that_continue_one_another_keep_a_token_of_their_own(
@@ -162,7 +204,7 @@ def test_progress_counts_every_answer_and_answers_come_in_the_order_of_their_pro
     forward, counts = speak(), []
     asked = prompts(tiny_tokenizer)
     generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=2), batch=2, progress=counts.append)
-    assert counts == [2, 2, 1]
+    assert sum(counts) == 5 and all(counts)
     assert generate(forward, tiny_tokenizer, []) == []
 
 
@@ -215,79 +257,157 @@ def test_sampling_options_out_of_range_are_refused(options: dict[str, Any]) -> N
         Sampling(**options)
 
 
-# What is drawn
+# Company, places and sizes
 
 
-def kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """The distribution after each cut in turn, by its definition, fp64: the k likeliest, those at least min_p times as likely
-    as the likeliest, and of these the fewest that hold top_p of what is left."""
-    p = np.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
-    if top_k:
-        p = np.where(p >= np.sort(p)[::-1][min(top_k, len(p)) - 1], p, 0)
-    p = np.where(p >= min_p * p.max(), p, 0)
-    p /= p.sum()
-    order, total, chosen = np.argsort(-p, kind="stable"), 0.0, np.zeros_like(p)
-    for index in order:
-        if total >= top_p or p[index] == 0:
-            break
-        chosen[index] = p[index]
-        total += p[index]
-    return chosen / chosen.sum()
+def asked_alone(answers: list[Completion], place: int, samples: int) -> list[tuple[list[int], list[float]]]:
+    return [(answer.ids, answer.log_probs) for answer in answers[place * samples : (place + 1) * samples]]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"temperature": 1.0},
-        {"temperature": 0.5},
-        {"temperature": 2.0, "top_k": 4},
-        {"temperature": 1.0, "top_p": 0.7},
-        {"temperature": 1.3, "min_p": 0.2},
-        {"temperature": 1.5, "top_k": 9, "top_p": 0.8, "min_p": 0.05},
-    ],
-)
-def test_draws_follow_the_distribution_that_the_options_describe(options: dict[str, Any]) -> None:
-    logits = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 1.5
-    wanted = kept(
-        logits.double().numpy(), options["temperature"], options.get("top_k", 0), options.get("top_p", 1), options.get("min_p", 0)
-    )
-    count = 20_000
-    drawn = choose(logits.expand(count, -1), Sampling(**options), [(seed * 7919, seed % 5) for seed in range(count)])
-    seen = np.bincount(drawn.numpy(), minlength=12)
-    assert set(np.flatnonzero(seen)) == set(np.flatnonzero(wanted * count > 5)) | set(np.flatnonzero(seen * (wanted > 0)))
-    assert chisquare(seen[wanted > 0], wanted[wanted > 0] * count).pvalue > 1e-3
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompts_answers_are_the_same_to_the_last_bit_alone_in_company_and_in_another_order(
+    dtype: torch.dtype, speak: Callable[..., Forward], tiny_tokenizer: Any, build: Build
+) -> None:
+    forward = probe(build("llama", vocab_size=len(tiny_tokenizer)).to(dtype))
+    assert decoders.keeps_keys(forward)
+    asked, sampling = prompts(tiny_tokenizer), Sampling(max_new_tokens=40, temperature=1.0)
+
+    def said(order: list[int], batch: int = 8) -> dict[int, Any]:
+        out = generate(forward, tiny_tokenizer, [asked[i] for i in order], sampling, samples=4, batch=batch, seeds=order)
+        return {i: asked_alone(out, place, 4) for place, i in enumerate(order)}
+
+    everyone = said([0, 1, 2, 3, 4])
+    assert everyone == said([4, 2, 0, 3, 1])
+    for number in range(5):
+        assert said([number])[number] == everyone[number]
+    assert said([1, 3]) == {number: everyone[number] for number in (1, 3)}
 
 
-@given(
-    logits=st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=20, unique=True),
-    top_k=st.integers(0, 25),
-    top_p=st.floats(0.05, 1),
-    min_p=st.floats(0, 0.9),
-    seed=st.integers(0, 2**64 - 1),
-)
-def test_no_cut_word_is_ever_drawn(logits: list[float], top_k: int, top_p: float, min_p: float, seed: int) -> None:
-    sampling = Sampling(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
-    drawn = choose(torch.tensor([logits] * 64), sampling, [(seed, position) for position in range(64)])
-    allowed = kept(np.asarray(logits), 1.0, top_k, min(1.0, top_p + 1e-6), min_p * (1 - 1e-6)) > 0
-    assert allowed[drawn.numpy()].all()
+def test_rows_of_a_step_do_not_feel_their_neighbours_by_one_bit(speak: Callable[..., Forward], tiny_tokenizer: Any) -> None:
+    forward = speak()
+    asked = prompts(tiny_tokenizer)
+
+    def logits(company: list[list[int]], tokens: list[int]) -> list[torch.Tensor]:
+        with torch.no_grad(), forward.attention("tunesmith-decode"):
+            decoder = decoders.Shared(forward, [asked[1], *company], list(range(1 + len(company))), 8, None)
+            rows = list(range(1 + len(company)))
+            return [decoder.enter(rows)[0]] + [decoder.step(rows, [5 + n, *tokens])[0] for n in range(6)]
+
+    assert decoders.keeps_keys(forward)
+    first = logits(asked[2:], [7, 8, 9])
+    second = logits([asked[0], asked[4], asked[3]], [11, 12, 13])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_temperature_zero_takes_the_likeliest_and_top_one_agrees() -> None:
-    logits = torch.randn(50, 30)
-    draws = [(row, 0) for row in range(50)]
-    assert torch.equal(choose(logits, Sampling(), draws), logits.argmax(-1))
-    assert torch.equal(choose(logits, Sampling(temperature=1.0, top_k=1), draws), logits.argmax(-1))
+def test_places_are_filled_again_as_rows_finish_and_the_batch_shrinks_at_the_end(
+    speak: Callable[..., Forward], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = speak()
+    asked = prompts(tiny_tokenizer) * 8
+    budgets = [3, 40, 5, 9, 4, 7, 6, 8, 30, 3] * 4
+    sizes: list[int] = []
+    original = decoders.Decoding.step
+    monkeypatch.setattr(decoders.Decoding, "step", lambda self, ids: sizes.append(len(ids)) or original(self, ids))
+    decoders.keeps_keys(forward)
+    sizes.clear()
+    said = generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=40), budgets=budgets, batch=16)
+    batches = -(-len(asked) // 16) * 40
+    assert len(sizes) < 0.8 * batches and sizes == sorted(sizes, reverse=True) and {sizes[0], sizes[-1]} == {16, 8}
+    whole = by_the_model(forward, asked[:5], 40)
+    assert [answer.ids for answer in said] == [whole[at % 5][: budgets[at]] for at in range(40)]
 
 
-def test_random_numbers_are_uniform_and_those_of_neighbouring_rows_and_places_are_unrelated() -> None:
-    grid = np.array([[sampler._uniform(seed, position) for position in range(100)] for seed in range(200)])
-    assert grid.min() >= 0 and grid.max() < 1
-    assert chisquare(np.histogram(grid, 50, (0, 1))[0]).pvalue > 1e-3
-    assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
-    assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.03
+def test_budgets_and_seeds_belong_to_prompts_and_must_fit_them(speak: Callable[..., Forward], tiny_tokenizer: Any) -> None:
+    forward, asked = speak(), prompts(tiny_tokenizer)
+    said = generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=3), budgets=[1, 2, 3, 4, 9], samples=2)
+    assert [len(answer.ids) for answer in said] == [1, 1, 2, 2, 3, 3, 4, 4, 9, 9]
+    for wrong in ({"budgets": [3]}, {"budgets": [1, 1, 1, 1, 0]}, {"seeds": [1]}, {"samples": 0}):
+        with pytest.raises(SpecError, match="do not fit 5 prompts"):
+            generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=3), **wrong)  # type: ignore[arg-type]
 
 
-def test_the_generator_is_splitmix64() -> None:
-    """First output for the state 1234567, from the reference implementation (Vigna)."""
-    assert sampler._uniform(1234567, 0) == (6457827717110365317 >> 11) / 2**53
+def test_a_model_whose_attention_is_not_what_it_tells_falls_back_to_its_own_cache(
+    build: Build, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [decoders.keeps_keys(probe(build(family))) for family in ("llama", "gemma2", "mistral", "bloom", "mamba")] == [
+        *[True, True, True],
+        *[False, False],
+    ]
+    forward = probe(build("llama", vocab_size=len(tiny_tokenizer)))
+    original = decoders.Decoding.attend
+    monkeypatch.setattr(decoders.Decoding, "attend", lambda self, q, k, v, *rest: original(self, q * 1.2, k, v, *rest))
+    assert not decoders.keeps_keys(forward)
+    asked = prompts(tiny_tokenizer)
+    said = generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=6))
+    assert [answer.ids for answer in said] == by_the_model(forward, asked, 6)
+
+
+def test_cancelling_leaves_the_model_whole(speak: Callable[..., Forward], tiny_tokenizer: Any) -> None:
+    forward, asked = speak(), prompts(tiny_tokenizer)
+    forward.model.to(torch.bfloat16)
+    before = generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=20))
+
+    def cancel(index: int, piece: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=20), on_text=cancel)
+    assert forward.model.config._attn_implementation == forward.own_attention
+    assert not any("forward" in module.__dict__ for module in forward.model.modules())
+    assert generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=20)) == before
+
+
+# Prompts kept over calls
+
+
+def test_kept_prompts_save_reading_and_change_nothing(speak: Callable[..., Forward], tiny_tokenizer: Any, read: list[list[int]]) -> None:
+    forward, kept = speak(), PrefixCache()
+    decoders.keeps_keys(forward)
+    first = prompts(tiny_tokenizer, 40)[1]
+    turns = [first, [*first, 9, 8, 7, 6, 5], [*first, 9, 8, 7, 1], first]
+    read.clear()
+    said = [generate(forward, tiny_tokenizer, [ids], Sampling(max_new_tokens=6), prefixes=kept)[0].ids for ids in turns]
+    assert read == [[51], [5], [1], [1]]
+    assert said == by_the_model(forward, turns, 6)
+    several = prompts(tiny_tokenizer, 40)
+    read.clear()
+    together = generate(forward, tiny_tokenizer, several, Sampling(max_new_tokens=6), prefixes=kept)
+    assert read == [[1, 3, 7, 11, 11]]  # all begin with the 40 tokens that are known
+    assert [answer.ids for answer in together] == by_the_model(forward, several, 6)
+
+
+@pytest.mark.parametrize("change", ["weights", "adapter trained", "adapter attached", "adapter off"])
+def test_kept_prompts_are_forgotten_when_the_model_changes(change: str, speak: Callable[..., Forward], tiny_tokenizer: Any) -> None:
+    forward, kept, asked = speak(), PrefixCache(), prompts(tiny_tokenizer)
+
+    def louder(adapter: Any) -> None:
+        with torch.no_grad():
+            for _, parameter in adapter.named_parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+    adapter = attach(forward.model, "lora(rank=4, sites=all)") if change != "adapter attached" else None
+    if change == "adapter off":
+        louder(adapter)
+    generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=8), prefixes=kept)
+    if change == "weights":
+        with torch.no_grad():
+            next(forward.model.model.layers.parameters()).mul_(3)
+    elif change == "adapter off":
+        assert adapter is not None
+        adapter.detach()
+    else:
+        louder(adapter or attach(forward.model, "lora(rank=4, sites=all)"))
+    said = generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=8), prefixes=kept)
+    assert said == generate(forward, tiny_tokenizer, asked, Sampling(max_new_tokens=8))
+
+
+def test_kept_prompts_stay_within_their_tokens_and_the_latest_used_stay() -> None:
+    from torch import nn
+
+    from tunesmith.engine.prefill import Keys
+
+    cache, model = PrefixCache(tokens=10), nn.Linear(1, 1)
+    for start in (0, 100, 200):
+        cache.keep(model, range(start, start + 4), Keys([torch.zeros(4, 1, 1)], [torch.zeros(4, 1, 1)]))
+        cache.longest(model, [0, 1, 2])
+    assert [cache.longest(model, range(start, start + 4)) is not None for start in (0, 100, 200)] == [True, False, True]

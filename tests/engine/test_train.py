@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -282,12 +283,12 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_and_names_the_rows_an
     whole = make_trainer("whole")
     whole.run()
     trainer = make_trainer("broken")
-    objective = trainer.objective
+    formula = trainer.objective.function
 
-    def breaking(log_probs: Tensor, **options: Any) -> Any:
-        return objective(log_probs * (float("nan") if trainer.state.step == 5 else 1.0), **options)
+    def breaking(log_probs: Tensor, *more: Any, **options: Any) -> Any:
+        return formula(log_probs * (float("nan") if trainer.state.step == 5 else 1.0), *more, **options)
 
-    trainer.objective = breaking
+    trainer.objective = replace(trainer.objective, function=breaking)
     with pytest.raises(RunError) as caught:
         trainer.run()
     said = str(caught.value)
@@ -303,12 +304,12 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_and_names_the_rows_an
 def test_a_loss_that_explodes_stops_the_run_and_one_that_merely_wobbles_does_not(make_trainer: Make) -> None:
     for factor, stops in ((30.0, True), (1.5, False)):
         trainer = make_trainer(f"times{factor}", steps=20, lr=1e-4)
-        objective = trainer.objective
+        formula = trainer.objective.function
 
-        def louder(log_probs: Tensor, *, t: Trainer = trainer, f: float = factor, o: Any = objective, **options: Any) -> Any:
-            return o(log_probs * (f if t.state.step >= 14 else 1.0), **options)
+        def louder(log_probs: Tensor, *more: Any, t: Trainer = trainer, f: float = factor, o: Any = formula, **options: Any) -> Any:
+            return o(log_probs * (f if t.state.step >= 14 else 1.0), *more, **options)
 
-        trainer.objective = louder
+        trainer.objective = replace(trainer.objective, function=louder)
         if stops:
             with pytest.raises(RunError, match=r"the loss exploded at step 15: loss .* \(it was .*step-14"):
                 trainer.run()

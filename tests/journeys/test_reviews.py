@@ -3,54 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-SOURCES = Path(__file__).resolve().parents[2] / "src"
-THINGS = ("phone", "film", "book", "soup", "chair", "song", "train", "game", "shoe", "lamp")
-TEXTS = {
-    "positive": ("I love this {}.", "What a great {}.", "The {} is wonderful."),
-    "negative": ("I hate this {}.", "The {} is awful.", "Oh, this {}!"),
-}
-
-
-class User:
-    """Somebody in a folder of their own, typing commands."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        own = {"PYTHONPATH": str(SOURCES), "TUNESMITH_DTYPE": "fp32", "TUNESMITH_CACHE": str(folder / "cache"), "COLUMNS": "160"}
-        self.environment = {**os.environ, **own}
-
-    def types(self, *words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tunesmith", *map(str, words)]
-        return subprocess.run(command, cwd=self.folder, env=self.environment, input=stdin, capture_output=True, text=True, timeout=120)
-
-    def gets(self, *words: object, stdin: str = "") -> str:
-        """What a command that works prints."""
-        done = self.types(*words, stdin=stdin)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+User = Any
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> User:
+def user(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path, user_in: Callable[[Path], User], reviews: list[dict[str, str]]
+) -> User:
     """Has written sixty rows and a spec, and trained on them."""
     folder = tmp_path_factory.mktemp("reviews")
-    rows = [{"text": text.format(thing), "label": label} for thing in THINGS for label, texts in TEXTS.items() for text in texts]
-    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:-18]))
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[-18:]))
+    (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews[:-18]))
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews[-18:]))
     (folder / "reviews.yaml").write_text(
         f"base: {tiny_base_folder}\n"
         "data: {train: reviews.jsonl, dev: 6, test: test.jsonl}\n"
         "adapter: lora(rank=16, sites=all)\n"
         "train: {steps: 200, batch: 16, lr: 2e-2, evaluate_every: 50}\n"
     )
-    found = User(folder)
+    found = user_in(folder)
     told = found.types("train", "reviews.yaml")
     assert told.returncode == 0, told.stdout + told.stderr
     assert "36 train · 6 dev · 18 test" in told.stderr

@@ -6,34 +6,39 @@ names stay untouched. Methods that train the base in place keep the original val
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tunesmith.adapters.forms import LowRank, TokenRows
+from tunesmith.adapters.forms import Form, TokenRows
+from tunesmith.adapters.heads import TaskHead, Way, put_head, remove_head
 from tunesmith.adapters.methods import Plan, plan
-from tunesmith.adapters.sites import blocks, checked_layers, select
+from tunesmith.adapters.sites import select
+from tunesmith.adapters.virtual import Encode, VirtualTokens, join_tokens, refresh_tokens, remove_tokens
 from tunesmith.adapters.words import attach_words, refresh, remove_words
 from tunesmith.core.errors import AdapterError
 
 
 class Adapter:
-    """Something trainable on a base: forms at sites, parameters of the base itself, and rows for new words.
+    """Something trainable on a base: forms at sites, parameters of the base itself, rows for new words, and a task head.
 
-    name: unique on its base. expression: as written. forms: module path -> form. trained: path -> parameter of the
-    base trained in place. rows: module path -> vectors of new words.
+    name: unique on its base. expression: as written. forms: module path -> form; where several listen at one module, the others
+    under the path with ~ and their method. trained: path -> parameter of the
+    base trained in place. rows: module path -> vectors of new words. head: None until its labels are known (`give_head`).
+    virtual: method -> tokens of its own that stand among those of a text.
     """
 
     def __init__(self, model: nn.Module, expression: str, name: str = "default") -> None:
         self.model, self.expression, self.name = model, expression, name
         self.plans = plan(expression)
-        self.forms: dict[str, LowRank] = {}
+        self.forms: dict[str, Form] = {}
         self.trained: dict[str, nn.Parameter] = {}
         self.rows: dict[str, TokenRows] = {}
+        self.head: TaskHead | None = None
+        self.virtual: dict[str, VirtualTokens] = {}
         self._active = True
         self._kept: dict[str, Tensor] = {}  # what in-place training overwrote; while switched off, what it learned
 
@@ -41,22 +46,85 @@ class Adapter:
     def in_place(self) -> bool:
         return any(p.kind == "in-place" for p in self.plans)
 
+    @property
+    def head_plan(self) -> Plan | None:
+        """The head that the expression names, if it names one."""
+        return next((p for p in self.plans if p.kind == "head"), None)
+
+    def give_head(self, width: int, labels: Sequence[str], way: Way, *, seed: int = 0) -> None:
+        """Put a task head on, with an output a label; one that the expression does not name is added to it.
+
+        width: of the base's hidden states. seed: of its initial values. Raises AdapterError where there is one already.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            head = TaskHead(width, labels, way)
+        put_head(self.model, self.name, head)
+        self.head = head
+        if self.head_plan is None:
+            self.expression += " + head"
+            self.plans = plan(self.expression)
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every trainable parameter under a name that is stable between runs."""
         for path, form in self.forms.items():
-            yield f"{path}.a", form.a
-            yield f"{path}.b", form.b
+            for name, parameter in form.named_parameters():
+                yield f"{path}.{name}", parameter
         yield from self.trained.items()
         for path, rows in self.rows.items():
             yield f"{path}.rows", rows.rows
+        for path, tokens in self.virtual.items():
+            for name, parameter in tokens.named_parameters():
+                yield f"ts_virtual.{path}.{name}", parameter
+        for path, parameter in self.head.named_parameters() if self.head is not None else ():
+            yield f"ts_head.{path}", parameter
+
+    @property
+    def lr(self) -> float:
+        """Learning rate where none is given: the smallest of its parts'."""
+        return min(part.lr for part in self.plans)
+
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rate, by parameter, where they are not 1."""
+        every = {f"{path}.{name}": form.rate(name) for path, form in self.forms.items() for name, _ in form.named_parameters()}
+        return {name: rate for name, rate in every.items() if rate != 1.0}
+
+    def penalty(self) -> Tensor | None:
+        """What its forms add to the loss of a step, a scalar; None for nothing."""
+        added = [value for form in self.forms.values() if form.active and (value := form.penalty()) is not None]
+        return torch.stack(added).sum() if added else None
+
+    def settle(self) -> None:
+        """Bring the base's weights in line with forms that write into them, after their values changed."""
+        for form in self.forms.values():
+            form.settle()
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the forms remember besides their parameters, by name: resuming needs it. The tensors themselves."""
+        return {f"{path}.{name}": buffer for path, form in self.forms.items() for name, buffer in form.named_buffers()}
+
+    def graded(self, step: int, total: int) -> None:
+        """Tell the forms that a step's gradients are whole, before the update. step: counted from 1."""
+        for form in self.forms.values():
+            form.graded(step, total)
+
+    def updated(self, step: int, total: int) -> None:
+        """Tell the forms that a step's update is made."""
+        for form in self.forms.values():
+            form.updated(step, total)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a form has to see some of the data before it is trained."""
+        return any(form.waits for form in self.forms.values())
 
     def trainable(self) -> int:
         """Number of trainable values."""
         return sum(parameter.numel() for _, parameter in self.named_parameters())
 
     def train(self, mode: bool = True) -> None:
-        """Dropout of the forms on or off; the base is left as it is."""
-        for form in self.forms.values():
+        """Dropout of the forms and the head on or off; the base is left as it is."""
+        for form in (*self.forms.values(), *self.virtual.values(), *([] if self.head is None else [self.head])):
             form.train(mode)
 
     def freeze(self) -> None:
@@ -64,16 +132,36 @@ class Adapter:
         for _, parameter in self.named_parameters():
             parameter.requires_grad_(False)
 
+    def stored(self) -> dict[str, Tensor]:
+        """What its file holds: values by name, of some forms a shorter account of them."""
+        own = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        for path, form in self.forms.items():
+            if form.kept:
+                for name, _ in form.named_parameters():
+                    del own[f"{path}.{name}"]
+                own |= {f"{path}.{name}": value for name, value in form.stored().items()}
+        return own
+
     @torch.no_grad()
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take values by name. Raises AdapterError where names or shapes differ."""
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `stored` gave. Raises AdapterError where it does not belong here."""
+        rest = dict(state)
         own = dict(self.named_parameters())
-        if missing := sorted(own.keys() ^ state.keys()):
-            raise AdapterError(f"the saved adapter and the attached one differ in {len(missing)} parameters, first '{missing[0]}'.")
-        for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise AdapterError(f"'{name}' has shape {tuple(state[name].shape)}, but {tuple(parameter.shape)} is needed.")
-            parameter.copy_(state[name])
+        for path, form in self.forms.items():
+            if form.kept:
+                if missing := [name for name in form.kept if f"{path}.{name}" not in rest]:
+                    raise AdapterError(f"the saved adapter lacks '{path}.{missing[0]}'.")
+                for name, _ in form.named_parameters():
+                    del own[f"{path}.{name}"]
+                form.restore({name: rest.pop(f"{path}.{name}") for name in form.kept})
+        _take(own, rest)
+        self.settle()
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take values by name. Raises AdapterError where names or shapes differ."""
+        _take(dict(self.named_parameters()), state)
+        self.settle()
 
     def state(self) -> dict[str, Tensor]:
         """Values by name, detached, contiguous copies."""
@@ -105,7 +193,8 @@ class Adapter:
         self._active = active
         for path, form in self.forms.items():
             form.active = active
-            _refresh_forms(self.model.get_submodule(path))
+            form.settle()
+            _refresh_forms(self.model.get_submodule(module_path(path)))
         for name, parameter in self.trained.items():
             before = parameter.detach()
             parameter.data, self._kept[name] = self._kept[name], before
@@ -113,17 +202,42 @@ class Adapter:
             for rows in self.rows.values():
                 rows.active = active
             refresh(self.model)
+        for tokens in self.virtual.values():
+            tokens.active = active
+            for path, given in tokens.forms.items():
+                given.active = active
+                _refresh_forms(self.model.get_submodule(path))
+            refresh_tokens(self.model)
 
     def _remove(self) -> None:
         for path in self.forms:
-            module: Any = self.model.get_submodule(path)
-            del module.ts_forms[self.name]
+            module: Any = self.model.get_submodule(module_path(path))
+            for key in [key for key in module.ts_forms if key.split("~")[0] == self.name]:
+                del module.ts_forms[key]
             _refresh_forms(module)
+        for method, tokens in self.virtual.items():
+            remove_tokens(self.model, f"{self.name}~{method}")
+            for path in tokens.forms:
+                site: Any = self.model.get_submodule(path)
+                if f"{self.name}~{method}" in getattr(site, "ts_forms", ()):
+                    del site.ts_forms[f"{self.name}~{method}"]
+                    _refresh_forms(site)
         if self.rows:
             remove_words(self.model, self.name)
+        if self.head is not None:
+            remove_head(self.model, self.name)
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
-        self.forms, self.trained, self.rows, self._kept = {}, {}, {}, {}
+        self.forms, self.trained, self.rows, self.virtual, self._kept, self.head = {}, {}, {}, {}, {}, None
+
+
+def _take(own: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    if missing := sorted(own.keys() ^ state.keys()):
+        raise AdapterError(f"the saved adapter and the attached one differ in {len(missing)} parameters, first '{missing[0]}'.")
+    for name, parameter in own.items():
+        if parameter.shape != state[name].shape:
+            raise AdapterError(f"'{name}' has shape {tuple(state[name].shape)}, but {tuple(parameter.shape)} is needed.")
+        parameter.copy_(state[name])
 
 
 def attach(
@@ -134,12 +248,14 @@ def attach(
     new_words: Sequence[int] = (),
     keep_original: bool = True,
     seed: int = 0,
+    encode: Encode | None = None,
 ) -> Adapter:
     """Attach an adapter by its expression, for example "lora(rank=16, sites=[q, v])".
 
     new_words: ids of words whose vectors are trained too (those that were added to the vocabulary for a task).
     keep_original: keep what in-place methods overwrite, so that `detach` works (costs a copy of those weights).
-    seed: of the initial values. Raises AdapterError where the model cannot carry it, and then leaves it as it was.
+    seed: of the initial values. encode: text to token ids, for methods that begin with words.
+    Raises AdapterError where the model cannot carry it, and then leaves it as it was.
     """
     if not name or "." in name:
         raise AdapterError(f"'{name}' cannot be the name of an adapter: it is empty or has a dot.")
@@ -148,10 +264,12 @@ def attach(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for part in adapter.plans:
-                if part.kind == "listen":
+                if part.make is not None:
                     _listen(adapter, part)
-                else:
+                elif part.pick is not None:
                     _in_place(adapter, part)
+                elif part.make_tokens is not None:
+                    _stand(adapter, part, encode)
         if new_words:
             adapter.rows = attach_words(model, list(dict.fromkeys(new_words)), name, trained=adapter.trained.values())
     except BaseException:
@@ -162,76 +280,101 @@ def attach(
     return adapter
 
 
+def module_path(path: str) -> str:
+    """The module at which the form of this path listens."""
+    return path.split("~")[0]
+
+
 def _listen(adapter: Adapter, part: Plan) -> None:
+    peers: list[Form] = []
     for site in select(adapter.model, part.sites, part.layers):
-        if site.path in adapter.forms:
+        path, key = site.path, adapter.name
+        if path in adapter.forms:
+            path, key = f"{path}~{part.method}", f"{key}~{part.method}"
+        if path in adapter.forms or (part.alone and path != site.path):
             raise AdapterError(
                 f"two parts of '{adapter.expression}' listen at the same site {site.path}.", hints=["Give one of them other sites."]
             )
-        if part.form["rank"] > min(site.inputs, site.outputs):
+        assert part.make is not None
+        if site.name == "head" and part.method not in ("lora", "rslora"):
             raise AdapterError(
-                f"{part.method}: rank {part.form['rank']} is larger than site {site.name} allows ({site.outputs} x {site.inputs}).",
-                hints=[f"Nearest that works here:  rank={min(site.inputs, site.outputs)}"],
+                f"{part.method} cannot listen at the vocabulary head, whose weight is read without calling it.",
+                hints=["Nearest that works here:  lora(sites=[head])", "Or train it whole:  modules(names=[lm_head])"],
             )
-        module: Any = site.module
-        form = LowRank(site.inputs, site.outputs, **part.form).to(next(adapter.model.parameters()).device).eval()
-        if not hasattr(module, "ts_forms"):
-            module.ts_forms = nn.ModuleDict()
-            module.register_forward_hook(_add_forms)
-        if adapter.name in module.ts_forms:
-            raise AdapterError(f"an adapter named '{adapter.name}' is attached already.", hints=["Detach it first, or give another name."])
-        module.ts_forms[adapter.name] = form
-        _refresh_forms(module)
-        adapter.forms[site.path] = form
+        form = part.make(site).to(next(adapter.model.parameters()).device).eval()
+        _join(site.module, key, form)
+        adapter.forms[path] = form
+        peers.append(form)
+    for form in peers:
+        form.joined(peers)
     if not adapter.forms:
         raise AdapterError(f"'{adapter.expression}' selects no site of this model.")
 
 
+def _stand(adapter: Adapter, part: Plan, encode: Encode | None) -> None:
+    """Give the adapter virtual tokens, and join the forms that give their keys and values to their sites."""
+    assert part.make_tokens is not None
+    if part.method in adapter.virtual:
+        raise AdapterError(f"'{adapter.expression}' names {part.method} twice.", hints=["Give one of them all the tokens."])
+    key = f"{adapter.name}~{part.method}"
+    tokens = part.make_tokens(adapter.model, encode).to(next(adapter.model.parameters()).device).eval()
+    join_tokens(adapter.model, key, tokens)
+    adapter.virtual[part.method] = tokens
+    for path, form in tokens.forms.items():
+        _join(adapter.model.get_submodule(path), key, form.to(tokens.table.device))
+
+
+def _join(module: Any, key: str, form: Form) -> None:
+    """Make a form a submodule of its site, which calls whatever is switched on through the shared hooks."""
+    if not hasattr(module, "ts_forms"):
+        module.ts_forms = nn.ModuleDict()
+        module.register_forward_pre_hook(_enter, with_kwargs=True)
+        module.register_forward_hook(_leave, with_kwargs=True)
+    if key in module.ts_forms:
+        raise AdapterError(f"an adapter named '{key}' is attached already.", hints=["Detach it first, or give another name."])
+    module.ts_forms[key] = form
+    _refresh_forms(module)
+
+
 def _refresh_forms(module: Any) -> None:
-    """Which forms listen at a site: those switched on, always in the order in which they were attached."""
-    module.ts_active = tuple(form for form in module.ts_forms.values() if form.active)
+    """Which forms listen at a site: those switched on, in the order in which they were attached, those that are `last` last."""
+    active = sorted((form for form in module.ts_forms.values() if form.active), key=lambda form: form.last)
+    module.ts_before = tuple(form for form in active if form.before)
+    module.ts_active = tuple(form for form in active if not form.before)
 
 
-def _add_forms(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """The one hook: whatever is active at the site adds its output."""
+def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The one hook before a site: whatever is active there changes what enters it."""
+    if not module.ts_before:
+        return None
+    x, args, kwargs = (args[0], args[1:], kwargs) if args else (kwargs[_INPUT], (), {k: v for k, v in kwargs.items() if k != _INPUT})
+    for form in module.ts_before:
+        x = form.enter(x)
+    return (x, *args), kwargs
+
+
+def _leave(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """The one hook after a site: whatever is active there changes what leaves it, the first thing where there are several."""
+    if not module.ts_active:
+        return out
+    x = args[0] if args else kwargs[_INPUT]
+    first = out[0] if isinstance(out, tuple) else out
     for form in module.ts_active:
-        out = out + form(args[0])
-    return out
+        first = form.leave(first, x)
+    return (first, *out[1:]) if isinstance(out, tuple) else first
+
+
+_INPUT = "hidden_states"
+"""What transformers calls the input of its attention and feed-forward modules, where it is passed by name."""
 
 
 def _in_place(adapter: Adapter, part: Plan) -> None:
-    named = dict(adapter.model.named_parameters())
-    paths = [path for path in named if not any(part.startswith("ts_") for part in path.split("."))]
-    if part.method == "layers":
-        root, layers = blocks(adapter.model)
-        count = len(layers)
-        if part.last is not None and part.last > count:
-            raise AdapterError(
-                f"layers(last={part.last}) is more than the model's {count} layers.",
-                hints=[f"Nearest that works here:  layers(last={count})"],
-            )
-        chosen = checked_layers(part.layers, count) if part.layers is not None else set(range(count - (part.last or 0), count))
-        paths = [path for path in paths if any(path.startswith(f"{root}.{layer}.") for layer in chosen)]
-    elif part.method == "modules":
-        paths = [path for path in paths if any(_matches(path, name) for name in part.names)]
-        for name in part.names:
-            if not any(_matches(path, name) for path in paths):
-                raise AdapterError(f"modules: no parameter of the model matches '{name}'.", hints=[f"Paths look like:  {_examples(named)}"])
-    for path in paths:
+    assert part.pick is not None
+    named = {path: p for path, p in adapter.model.named_parameters() if not any(each.startswith("ts_") for each in path.split("."))}
+    for path in part.pick(adapter.model, named):
         if not named[path].is_floating_point():
             raise AdapterError(f"{path} is quantised and cannot be trained in place.", hints=["Nearest that works here:  lora"])
         named[path].requires_grad_(True)
         adapter.trained[path] = named[path]
     if not adapter.trained:
         raise AdapterError(f"'{adapter.expression}' selects no parameter of this model.")
-
-
-def _matches(path: str, name: str) -> bool:
-    if "*" in name:
-        return fnmatch.fnmatch(path, name) or fnmatch.fnmatch(path, f"{name}.weight") or fnmatch.fnmatch(path, f"{name}.bias")
-    return f".{name}." in f".{path}."
-
-
-def _examples(named: dict[str, nn.Parameter]) -> str:
-    paths = list(named)
-    return "  ·  ".join(dict.fromkeys([paths[0], paths[len(paths) // 2], paths[-1]]))

@@ -6,23 +6,33 @@ signatures below and nothing is accepted and ignored.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tunesmith.core.errors import AdapterError
+from torch import nn
+
+from tunesmith.adapters.forms import Form
+from tunesmith.adapters.heads import POOLS
+from tunesmith.adapters.sites import Site
+from tunesmith.adapters.virtual import Encode, VirtualTokens
+from tunesmith.core.errors import AdapterError, unknown
 from tunesmith.core.registry import Registry, check_options, parse_calls
 
-Kind = Literal["listen", "in-place"]
+Kind = Literal["listen", "in-place", "virtual", "head"]
+Pick = Callable[[nn.Module, Mapping[str, nn.Parameter]], Sequence[str]]
+"""From a model and its own parameters by path to the paths of those that are trained."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a method asks for, before it meets a model.
 
-    kind: "listen" puts a form at each site and leaves the base alone; "in-place" trains parameters of the base.
-    sites, layers: where. form: options of the form. last: the last k layers. names: patterns of module paths.
+    kind: "listen" puts a form at each site and leaves the base alone; "in-place" trains parameters of the base; "virtual" puts
+    `tokens` tokens of its own among those of a text, built by `make_tokens`; "head" puts a task head behind its last layer.
+    sites, layers: where. make: builds the form of a site; raises AdapterError where it cannot. alone: no other form may listen
+    at the same site. form: options of the form, as PEFT's files have them. pick: which parameters of the base are trained, by
+    path; raises AdapterError where there are none. lr: learning rate where none is given.
     """
 
     method: str
@@ -30,8 +40,12 @@ class Plan:
     sites: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     form: dict[str, Any] = field(default_factory=dict)
-    last: int | None = None
-    names: tuple[str, ...] = ()
+    make: Callable[[Site], Form] | None = None
+    alone: bool = False
+    pick: Pick | None = None
+    lr: float = 2e-4
+    tokens: int = 0
+    make_tokens: Callable[[Any, Encode | None], VirtualTokens] | None = None
 
 
 METHODS: Registry[Callable[..., Plan]] = Registry("adapter method")
@@ -42,62 +56,27 @@ def method(name: str) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
     return lambda function: METHODS.add(name, function)
 
 
-def _names(name: str, value: Sequence[str] | str) -> tuple[str, ...]:
+def names_of(name: str, value: Sequence[str] | str) -> tuple[str, ...]:
     names = tuple(value.replace(",", " ").split()) if isinstance(value, str) else tuple(value)
     if not names or not all(isinstance(each, str) for each in names):
         raise AdapterError(f"{name}: a list of names is needed, not {value!r}.")
     return names
 
 
-def _low_rank(
-    name: str, rank: int, alpha: float, dropout: float, sites: Sequence[str] | str, layers: Sequence[int] | None, *, stabilised: bool
-) -> Plan:
-    if type(rank) is not int or rank < 1:
-        raise AdapterError(f"{name}: rank must be a whole number of at least 1, not {rank!r}.")
+@method("head")
+def head(*, pool: str = "auto", hidden: int = 0, dropout: float = 0.0) -> Plan:
+    """A task head: a linear map from the base's last hidden states to labels, for objectives that read labels.
+
+    pool: what it reads of a text: "first" token, "last" token, "mean" over its tokens, "pooler" (the base's own, on the first
+    token), or "auto", what the base was made for. hidden: width of a tanh layer before the map. Alone, nothing else is trained.
+    """
+    if pool not in POOLS:
+        raise unknown("pool", pool, POOLS, error=AdapterError)
+    if type(hidden) is not int or hidden < 0:
+        raise AdapterError(f"head: hidden must be a whole number of at least 0, not {hidden!r}.")
     if not 0 <= dropout < 1:
-        raise AdapterError(f"{name}: dropout must lie in [0, 1), not {dropout}.")
-    if not 0 < alpha < math.inf:
-        raise AdapterError(f"{name}: alpha must be a number above 0, not {alpha}.")
-    form = {"rank": rank, "alpha": float(alpha), "dropout": float(dropout), "stabilised": stabilised}
-    return Plan(name, "listen", _names(name, sites), None if layers is None else tuple(layers), form)
-
-
-@method("lora")
-def lora(
-    *, rank: int = 16, alpha: float = 32, dropout: float = 0.0, sites: Sequence[str] | str = ("q", "v"), layers: Sequence[int] | None = None
-) -> Plan:
-    """Low-rank adaptation: y = Wx + (alpha / r) B A x. Hu et al. 2021 · 2106.09685."""
-    return _low_rank("lora", rank, alpha, dropout, sites, layers, stabilised=False)
-
-
-@method("rslora")
-def rslora(
-    *, rank: int = 16, alpha: float = 16, dropout: float = 0.0, sites: Sequence[str] | str = ("q", "v"), layers: Sequence[int] | None = None
-) -> Plan:
-    """LoRA with scale alpha / sqrt(r), stable at high rank. Kalajdzievski 2023 · 2312.03732."""
-    return _low_rank("rslora", rank, alpha, dropout, sites, layers, stabilised=True)
-
-
-@method("full")
-def full() -> Plan:
-    """Every parameter of the base."""
-    return Plan("full", "in-place")
-
-
-@method("layers")
-def layers(*, last: int | None = None, only: Sequence[int] | None = None) -> Plan:
-    """Every parameter of the last k blocks, or of the blocks named (from 0; negative counts from the end)."""
-    if (last is None) == (only is None):
-        raise AdapterError("layers needs exactly one of last=K or only=[...].", hints=["For example:  layers(last=4)"])
-    if last is not None and (type(last) is not int or last < 1):
-        raise AdapterError(f"layers: last must be a whole number of at least 1, not {last!r}.")
-    return Plan("layers", "in-place", last=last, layers=None if only is None else tuple(only))
-
-
-@method("modules")
-def modules(*, names: Sequence[str] | str) -> Plan:
-    """The parameters whose path matches one of the names: a module or parameter path, a part of it, or with * as wildcard."""
-    return Plan("modules", "in-place", names=_names("modules", names))
+        raise AdapterError(f"head: dropout must lie in [0, 1), not {dropout}.")
+    return Plan("head", "head", form={"pool": pool, "hidden": hidden, "dropout": float(dropout)})
 
 
 def plan(expression: str) -> list[Plan]:
@@ -110,12 +89,15 @@ def plan(expression: str) -> list[Plan]:
             plans.append(function(**call.options))
         except TypeError as cause:
             raise AdapterError(f"adapter {call.name}: {cause}.") from None
-    if len(plans) > 1 and any(p.kind == "in-place" for p in plans):
+    beside = [p for p in plans if p.kind != "head"]
+    if len(plans) - len(beside) > 1:
+        raise AdapterError(f"'{expression}' has more than one head.", hints=["A run trains one head."])
+    if len(beside) > 1 and any(p.kind == "in-place" for p in beside):
         raise AdapterError(
             f"'{expression}' trains parameters of the base in place and adds forms to it at the same time.",
             hints=["Train one, then the other on top of it:  base: runs/FIRST  with the second adapter."],
         )
-    if len({p.form.get("stabilised") for p in plans}) > 1:
+    if len({p.form["stabilised"] for p in beside if "stabilised" in p.form}) > 1:
         raise AdapterError(
             f"'{expression}' scales one part as lora and another as rslora; PEFT's file format has one scaling an adapter.",
             hints=["Use one of the two for all parts, with alpha to match."],

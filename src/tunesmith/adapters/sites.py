@@ -33,7 +33,7 @@ _EXPERT = re.compile(r"(^|\.)experts(\.|$)")
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One place. name: "q", "down", ... layer: block number, from 0. path: module path in the model. inputs, outputs: widths."""
+    """One place. name: "q", "down", ... layer: block number from 0, or -1 outside of blocks. path: module path. inputs, outputs: widths."""
 
     name: str
     layer: int
@@ -89,10 +89,15 @@ def _name(path: str) -> str | None:
 def select(model: nn.Module, names: Sequence[str] | str, layers: Iterable[int] | None = None) -> list[Site]:
     """The sites asked for, on the layers asked for (default all).
 
-    names: site names, "all" for every linear site, or full module paths of linear maps anywhere in the model.
+    names: site names, "all" for every linear site of the blocks, "head" for the projection to the vocabulary (which no
+    choice of layers touches), or full module paths of linear maps anywhere in the model.
     Raises AdapterError for a site that no model has, or that this one lacks, with what it has.
     """
     wanted = _wanted(names)
+    at_head = _head_path(model)
+    if heads := [name for name in wanted if name in ("head", at_head)]:
+        rest = [name for name in wanted if name not in heads]
+        return (select(model, rest, layers) if rest else []) + [_head(model, at_head)]
     paths = [name for name in wanted if "." in name]
     if paths:
         if layers is not None:
@@ -103,7 +108,7 @@ def select(model: nn.Module, names: Sequence[str] | str, layers: Iterable[int] |
     present = list(dict.fromkeys(site.name for site in every))
     for name in wanted:
         if name not in _NAMES and name != "all":
-            raise unknown("site", name, [*_NAMES, "all"], error=AdapterError)
+            raise unknown("site", name, [*_NAMES, "head", "all"], error=AdapterError)
         if name != "all" and name not in present:
             fused = _FUSED.get(name)
             inside = f"use sites=[{fused}]: this model computes '{name}' inside it"
@@ -115,7 +120,6 @@ def select(model: nn.Module, names: Sequence[str] | str, layers: Iterable[int] |
 
 def _by_path(model: nn.Module, paths: Sequence[str]) -> list[Site]:
     modules = dict(model.named_modules())
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     out = []
     for path in paths:
         module = modules.get(path)
@@ -123,10 +127,23 @@ def _by_path(model: nn.Module, paths: Sequence[str]) -> list[Site]:
         if module is None or shape is None:
             hints = ["List the model's sites, or check that the adapter belongs to it."]
             raise AdapterError(f"the model has no linear map at '{path}'.", hints=hints)
-        if module is head:
-            raise AdapterError(f"'{path}' is the head, where no form can listen.", hints=["Nearest that works here:  modules(names=[...])"])
         out.append(Site(path, -1, path, module, *shape))
     return out
+
+
+def _head_path(model: nn.Module) -> str | None:
+    """Module path of the projection to the vocabulary; None for a model without one."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _head(model: nn.Module, path: str | None) -> Site:
+    """The head as a site. Its table may be that of the embedding: a form that listens there leaves the embedding as it is."""
+    module = None if path is None else model.get_submodule(path)
+    shape = None if module is None else widths(module)
+    if path is None or module is None or shape is None:
+        raise AdapterError(f"{type(model).__name__} has no projection to a vocabulary to listen at.", hints=["Leave 'head' out of sites."])
+    return Site("head", -1, path, module, *shape)
 
 
 def _wanted(names: Sequence[str] | str) -> list[str]:

@@ -1,7 +1,7 @@
 """Vectors of new words: rows of the embedding, and of the head where it has its own table, that are trained alone.
 
 The table itself stays frozen. Whatever is switched on replaces its rows: in the embedding's output, in the head's logits,
-and in `head_weight`, for whoever multiplies with the head's weight without calling it.
+and in `head_weight` and `head_terms`, for whoever multiplies with the head's weight without calling it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def attach_words(model: Any, words: Sequence[int], name: str, *, trained: Iterab
     for module, hook in ((embedding, _embed), (head, _logits)):
         if module is not None and "ts_words" not in module.__dict__:
             module.__dict__["ts_words"] = ()
-            module.register_forward_hook(hook)
+            module.register_forward_hook(hook, prepend=True)  # forms at the head add to the logits of new words, too
     if out:
         refresh(model)
     return out
@@ -65,6 +65,15 @@ def head_weight(head: nn.Module) -> Tensor:
     for rows in head.__dict__.get("ts_words", ()):
         weight = rows.weight(weight)
     return cast(Tensor, weight)
+
+
+def head_terms(head: nn.Module, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(input [..., width], weight [vocab, width]) of each product that the head's logits, less its bias, are the sum of.
+
+    The first is the hidden state and the head's weight, the others what each low-rank form that is switched on adds. For
+    whoever reads the head without calling it.
+    """
+    return [(hidden, head_weight(head)), *(form.factors(hidden) for form in head.__dict__.get("ts_active", ()))]
 
 
 def _owned(module: Any) -> nn.ModuleDict:

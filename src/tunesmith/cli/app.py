@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli import chat, climb, compare, data, demo, doctor, evaluate, generate, train
+from tunesmith.cli import chat, climb, compare, data, demo, doctor, evaluate, generate, plan, train
 from tunesmith.cli.common import Session, complain
 from tunesmith.core.errors import TunesmithError
 
@@ -74,6 +74,7 @@ def _everywhere(
 
 app.command("demo")(demo.demo)
 app.command("climb")(climb.climb)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)

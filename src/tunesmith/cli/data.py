@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +62,8 @@ def show(
       tunesmith data show reviews.jsonl --spec reviews.yaml
     """
     described = _describe(base, spec, overrides or [], columns or [])
+    from tunesmith.ladder.heads import objective_reads_labels
+
     records = _read(described, source)
     messages = _solved(described, records)
     console = stdout()
@@ -70,6 +73,9 @@ def show(
         console.print(f"{_many(records)} rows. Name a base to see tokens:  tunesmith data show {source} --base BASE", soft_wrap=True)
         return
     tokenizer, renderer = _tokenizer(described, session(ctx).reporter)
+    if objective_reads_labels(described):
+        _show_labelled(console, described, tokenizer, renderer, records, rows)
+        return
     _show_tokens(console, described, tokenizer, renderer, records, messages, rows)
 
 
@@ -135,6 +141,28 @@ def _tokenizer(described: Spec, reporter: Reporter) -> tuple[Any, Renderer]:
     if base.new_tokens:
         tokenizer.add_special_tokens({"additional_special_tokens": base.new_tokens})
     return tokenizer, renderer_for(tokenizer)
+
+
+def _show_labelled(console: Console, described: Spec, tokenizer: Any, renderer: Renderer, records: Sequence[Record], rows: int) -> None:
+    """Rows as a task head reads them, each with its label."""
+    from rich.text import Text
+
+    from tunesmith.bases.kinds import decide_kind, read_config
+    from tunesmith.evaluation.classifying import head_rows
+    from tunesmith.evaluation.task import make_task
+
+    task, where = make_task(described.task, records), described.base.model
+    kind = decide_kind(read_config(Path(tokenizer.name_or_path), where, remote_code=described.base.trust_remote_code), "auto", where)
+    made = list(head_rows(kind, renderer, task, task.labels, records[: max(COUNTED, rows)]))
+    for record, row in zip(records[:rows], made, strict=False):
+        console.print(Text(f"── {row.where} ──", style="bold"), soft_wrap=True)
+        console.print(Text(tokenizer.decode(row.segments[0].ids.tolist(), clean_up_tokenization_spaces=False)), soft_wrap=True)
+        console.print(Text(f"label: {task.gold(record)}", style="bold green"), soft_wrap=True)
+        console.print()
+    tokens, longest = sum(row.tokens for row in made), max(row.tokens for row in made)
+    console.print(f"{len(made):,} of {_many(records)} rows · {tokens:,} tokens · longest row {longest:,} tokens", soft_wrap=True)
+    counts = Counter(task.gold(record) for record in records)
+    console.print(f"labels: {', '.join(f'{label} {counts[label]:,}' for label in task.labels)}", soft_wrap=True)
 
 
 def _many(samples: Sequence[Record]) -> str:

@@ -31,6 +31,7 @@ def generate(
     min_p: MinP = 0.0,
     stop: Stop = None,
     max_tokens: MaxTokens = 128,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each prompt, one after another.")] = 1,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without a chat template.")] = False,
     key_env: KeyEnv = None,
@@ -52,7 +53,7 @@ def generate(
         raise SpecError("--raw continues text without a template, and a server applies its own.", hints=["Leave it out."])
     if raw and system_turn is not None:
         raise SpecError("--raw continues text without a template, so --system has no place.", hints=["Leave one of them out."])
-    asked = _prompts(prompts)
+    asked = [text for text in _prompts(prompts) for _ in range(samples)]  # equal prompts are read once
     sampling = Sampling(max_tokens, temperature, top_p, top_k, min_p, tuple(stop or ()), seed)
     model = open_one(system, key_env, session(ctx).reporter)
     if raw and not isinstance(model, Server):

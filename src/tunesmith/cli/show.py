@@ -51,7 +51,8 @@ def show_run(run: Run) -> None:
     spent = f"{result['steps']} steps in {result['train_seconds']:.0f} s, peak {result['peak_memory_mb']:,.0f} MB"
     console = stdout()
     console.print(" · ".join([f"trained   {run.folder}", spent, *best]), soft_wrap=True)
-    console.print(f"next      tunesmith evaluate {run.folder} QUESTIONS  ·  tunesmith chat {run.folder}", soft_wrap=True)
+    talks = "" if run.model.head is not None else f"  ·  tunesmith chat {run.folder}"
+    console.print(f"next      tunesmith evaluate {run.folder} QUESTIONS{talks}", soft_wrap=True)
 
 
 def _dev(result: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -21,5 +21,8 @@ def train(ctx: typer.Context, spec: SpecFile, overrides: Overrides = None, resum
 
     asked = load_spec(spec, overrides or [])  # before the engine is imported: a mistake is told at once
     from tunesmith.api import train
+    from tunesmith.engine.processes import current
 
-    show_run(train(asked, resume=resume, overwrite=overwrite, reporter=session(ctx).reporter))
+    run = train(asked, resume=resume, overwrite=overwrite, reporter=session(ctx).reporter)
+    if current().first:
+        show_run(run)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
+Labels = NDArray[np.float32]
 
 ROOT = -1
 
@@ -25,17 +26,32 @@ class Segment:
 
     ids: token ids, [tokens]. supervised: True where the token is a target, [tokens]; a target is predicted from the
     token before it on its path, so the first token of a root can never be one. parent: index of the segment it
-    continues within the row, ROOT (-1) for a root. name: what the segment is ("prompt", "positive", "chosen").
+    continues within the row, ROOT (-1) for a root. name: what the segment is ("prompt", "positive", "chosen"). labels:
+    what a task head shall say at a token, a class's number or a value, NaN where it is not asked, [tokens]; None where it
+    is asked nowhere. What is said of a whole path is asked at its last token.
     """
 
     ids: Ids
     supervised: Mask
     parent: int = ROOT
     name: str = ""
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 1 or self.ids.shape != self.supervised.shape:
             raise ValueError(f"a segment needs one mask value a token, got {self.ids.shape} and {self.supervised.shape}")
+        if self.labels is not None and self.labels.shape != self.ids.shape:
+            raise ValueError(f"a segment needs one label a token, NaN for none, got {self.ids.shape} and {self.labels.shape}")
+
+    @property
+    def asked(self) -> NDArray[np.int64]:
+        """Places of the tokens at which a task head is asked, [asked]."""
+        return np.zeros(0, np.int64) if self.labels is None else np.flatnonzero(~np.isnan(self.labels))
+
+    def part(self, kept: slice | Mask, parent: int | None = None) -> Segment:
+        """Some of its tokens, with all that is known of them. parent: another one, where it moves."""
+        labels = None if self.labels is None else self.labels[kept]
+        return Segment(self.ids[kept], self.supervised[kept], self.parent if parent is None else parent, self.name, labels)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -66,6 +82,11 @@ class Row:
     @property
     def supervised_tokens(self) -> int:
         return sum(int(segment.supervised.sum()) for segment in self.segments)
+
+    @property
+    def asked_tokens(self) -> int:
+        """Tokens at which a task head is asked."""
+        return sum(len(segment.asked) for segment in self.segments)
 
     def path(self, index: int) -> list[int]:
         """Indices of a segment and its ancestors, root first."""

@@ -150,7 +150,7 @@ def _shorten(row: Row, length: int, max_tokens: int, tokenizer: Any) -> Row:
                 "Policy drop leaves it out.",
             ],
         )
-    segments = (Segment(root.ids[keep], root.supervised[keep], root.parent, root.name), *row.segments[1:])
+    segments = (root.part(keep), *row.segments[1:])
     places = np.concatenate([[0], np.cumsum(keep)])
     remaining = [*left, *spans[len(left) :]]
     moved = tuple((int(places[start]), int(places[end])) for start, end in remaining if start < end)

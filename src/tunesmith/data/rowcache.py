@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tunesmith.core.row import Segment
 from tunesmith.data.textrow import TextRow
 
-_VERSION = "1"
-_ARRAYS = ("ids", "supervised", "lengths", "sources", "spans", "span_counts")
+_VERSION = "2"
+_ARRAYS = ("ids", "supervised", "lengths", "sources", "spans", "span_counts", "asked", "labels", "asked_counts")
 
 Made = Sequence[tuple[int, TextRow]]
 
@@ -74,7 +74,14 @@ def _pack(made: Made) -> dict[str, NDArray[np.generic]]:
         "sources": np.asarray([index for index, _ in made], np.int64),
         "spans": np.asarray(spans, np.int64).reshape(-1, 2),
         "span_counts": np.asarray([len(row.cuttable) for _, row in made], np.int64),
+        "asked": np.concatenate([s.asked for s in segments]) if segments else np.zeros(0, np.int64),
+        "labels": np.concatenate([_given(s) for s in segments]) if segments else np.zeros(0, np.float32),
+        "asked_counts": np.asarray([len(s.asked) for s in segments], np.int64),
     }
+
+
+def _given(part: Segment) -> NDArray[np.float32]:
+    return np.zeros(0, np.float32) if part.labels is None else part.labels[part.asked]
 
 
 def _digest(arrays: dict[str, NDArray[np.generic]], notes: str) -> str:
@@ -103,12 +110,16 @@ def _read(path: Path, key: str) -> list[tuple[int, TextRow]] | None:
 
 
 def _unpack(arrays: dict[str, NDArray[np.generic]], notes: Sequence[Sequence[str]]) -> list[tuple[int, TextRow]]:
-    ends, span_ends = np.cumsum(arrays["lengths"]), np.cumsum(arrays["span_counts"])
+    ends = [np.cumsum(arrays[name]) for name in ("lengths", "span_counts", "asked_counts")]
     made = []
     for number, (source, said) in enumerate(zip(arrays["sources"].tolist(), notes, strict=True)):
-        start, end = (int(ends[number - 1]) if number else 0), int(ends[number])
-        first, last = (int(span_ends[number - 1]) if number else 0), int(span_ends[number])
-        spans = tuple((int(a), int(b)) for a, b in arrays["spans"][first:last].tolist())
-        part = Segment(arrays["ids"][start:end].astype(np.int32), arrays["supervised"][start:end].astype(np.bool_))
+        tokens, cut, asked = (slice(int(end[number - 1]) if number else 0, int(end[number])) for end in ends)
+        spans = tuple((int(a), int(b)) for a, b in arrays["spans"][cut].tolist())
+        ids, supervised = arrays["ids"][tokens].astype(np.int32), arrays["supervised"][tokens].astype(np.bool_)
+        labels = None
+        if asked.stop > asked.start:
+            labels = np.full(len(ids), np.nan, np.float32)
+            labels[arrays["asked"][asked]] = arrays["labels"][asked]
+        part = Segment(ids, supervised, labels=labels)
         made.append((source, TextRow((part,), cuttable=spans, notes=tuple(said))))
     return made

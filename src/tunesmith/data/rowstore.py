@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tunesmith.core.errors import RunError
 from tunesmith.core.row import Row, Segment
 
-_VERSION = 1
+_VERSION = 2
 _META = "store.json"
 _ABANDONED = 24 * 3600  # seconds without a write after which a half-written store is somebody's who was killed
 
@@ -33,6 +33,9 @@ _ARRAYS: Mapping[str, str] = {
     "segment_ends": "<i8",  # [segments] tokens up to and with each segment
     "parents": "<i4",  # [segments] within the row, -1 for a root
     "names": "<i2",  # [segments] places in the list of names
+    "asked_ends": "<i8",  # [segments] labels up to and with each segment
+    "asked": "<i4",  # [labels] the token of each, within its segment
+    "labels": "<f4",  # [labels]
     "row_ends": "<i8",  # [rows] segments up to and with each row
     "where": "|u1",  # [bytes] of all places, UTF-8
     "where_ends": "<i8",  # [rows] bytes up to and with each row
@@ -92,7 +95,12 @@ class RowStore(Sequence[Row]):
         start, end = _span(self._arrays["segment_ends"], number)
         ids = np.array(self._arrays["ids"][start:end], np.int32)  # copies: a row outlives the mapping
         supervised = np.array(self._arrays["supervised"][start:end], np.bool_)
-        return Segment(ids, supervised, int(self._arrays["parents"][number]), self._names[int(self._arrays["names"][number])])
+        first, last = _span(self._arrays["asked_ends"], number)
+        labels = None
+        if last > first:
+            labels = np.full(end - start, np.nan, np.float32)
+            labels[self._arrays["asked"][first:last]] = self._arrays["labels"][first:last]
+        return Segment(ids, supervised, int(self._arrays["parents"][number]), self._names[int(self._arrays["names"][number])], labels)
 
 
 class RowWriter:
@@ -102,7 +110,7 @@ class RowWriter:
         self.folder = folder
         self.facts: dict[str, Any] = {}
         self.rows = self.tokens = self.supervised_tokens = 0
-        self._segments = self._where = 0
+        self._segments = self._where = self._labels = 0
         self._names: dict[str, int] = {}
         self._files: dict[str, IO[bytes]] = {name: (folder / f"{name}.bin").open("xb") for name in _ARRAYS}
 
@@ -117,6 +125,11 @@ class RowWriter:
             self._put("segment_ends", self.tokens)
             self._put("parents", segment.parent)
             self._put("names", self._names.setdefault(segment.name, len(self._names)))
+            self._labels += len(segment.asked)
+            self._put("asked_ends", self._labels)
+            if segment.labels is not None:
+                self._put("asked", segment.asked)
+                self._put("labels", segment.labels[segment.asked])
         self.rows += 1
         self._segments += len(row.segments)
         self._where += len(where)

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from tunesmith.core.row import ROOT, Ids, Mask, Row, Segment
+from tunesmith.core.row import ROOT, Row, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Shared:
 def share_prefix(rows: Sequence[Row], min_tokens: int = 16, max_tokens: int | None = None) -> list[Shared]:
     """Merge rows whose first tokens are alike into trees.
 
-    Every path of a merged row has the ids and the mask of the original's path. Only unsupervised tokens are shared (a
-    supervised one counts once for each row), and only prefixes of at least `min_tokens`.
+    Every path of a merged row has the ids and the mask of the original's path. Only tokens that nothing is learned from are
+    shared (the others count once for each row), and only prefixes of at least `min_tokens`.
     max_tokens: no merged row stores more (one that was longer to begin with stays as it is). Every row comes back exactly
     once; the merged rows are ordered by their first member.
     """
@@ -54,12 +54,12 @@ def _fitting(rows: Sequence[Row], group: list[int], min_tokens: int, max_tokens:
 
 
 def _sharable(row: Row) -> int:
-    """How many first tokens of a row others may share: a single root's, up to the first supervised one, and never all of a leaf."""
+    """How many first tokens of a row others may share: a single root's, up to the first that is learned from, and never all of a leaf."""
     roots = [part for part in row.segments if part.parent == ROOT]
     if len(roots) != 1:
         return 0
-    supervised = np.flatnonzero(roots[0].supervised)
-    limit = int(supervised[0]) if len(supervised) else len(roots[0])
+    counted = np.concatenate([np.flatnonzero(roots[0].supervised), roots[0].asked])
+    limit = int(counted.min()) if len(counted) else len(roots[0])
     return min(limit, len(roots[0]) - 1) if len(row.segments) == 1 else limit
 
 
@@ -121,12 +121,11 @@ def _attach(row: Row, index: int, start: int, parent: int, segments: list[Segmen
     place: dict[int, int] = {}
     for number, part in enumerate(row.segments):
         if part.parent != ROOT:
-            segments.append(Segment(part.ids, part.supervised, place[part.parent], part.name))
+            segments.append(part.part(slice(None), place[part.parent]))
         elif len(part) == start and len(row.segments) > 1:
             place[number] = parent
             continue
         else:
-            rest: tuple[Ids, Mask] = (part.ids[start:], part.supervised[start:])
-            segments.append(Segment(*rest, parent, part.name))
+            segments.append(part.part(slice(start, None), parent))
         place[number] = len(segments) - 1
     return Member(index, tuple(place[leaf] for leaf in row.leaves()))

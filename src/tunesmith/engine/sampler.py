@@ -1,57 +1,40 @@
-"""Generation: a prefix that all prompts share is computed once, rows that finish leave the batch.
+"""Generation: prompts are read once however many answers they get, rows that finish make room for those that wait.
 
-Runs under the model's own attention with its key-value cache (left padding needs a mask, which packs have not). Each
-row draws from its own counter-based random numbers, so what it says does not depend on its neighbours' seeds.
+Each row draws from its own counter-based random numbers, so what it says does not depend on its neighbours' seeds, and
+decoding runs in fixed sizes, so that it does not depend on their number either.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tunesmith.core.errors import RunError, SpecError
+from tunesmith.engine.choosing import Choices, Sampling, choices_of, choose
+from tunesmith.engine.decoders import Decoder, decoder_for
 from tunesmith.engine.forward import Forward
+from tunesmith.engine.prefill import PrefixCache
+from tunesmith.engine.prepacked import prepacked, repays
 
-_SHARE = 24
-"""Tokens from which a common prefix is worth a cache of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen. temperature 0 is greedy; top_p, top_k, min_p cut the tail; stop: strings that end an answer."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        tail = 0 < self.top_p <= 1 and self.top_k >= 0 and 0 <= self.min_p < 1
-        if not (0 <= self.temperature < math.inf and tail and self.max_new_tokens >= 1 and all(self.stop)):
-            hints = ["temperature >= 0, 0 < top_p <= 1, top_k >= 0, 0 <= min_p < 1, max_new_tokens >= 1, no empty stop string"]
-            raise SpecError(f"sampling options out of range: {self}.", hints=hints)
+__all__ = ["Completion", "PrefixCache", "Sampling", "choose", "generate"]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """ids: generated tokens, the end-of-turn token included if there was one. text: decoded, special tokens left out.
-    finished: "end", "stop" or "length"."""
+    finished: "end", "stop" or "length". log_probs: of each token as it was sampled, nats, under softmax(logits / temperature)
+    over all words, before top-k, top-p, min-p and choices (at temperature 0 as at 1)."""
 
     ids: list[int]
     text: str
     finished: str
+    log_probs: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -61,47 +44,102 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
     *,
+    samples: int = 1,
     ends: Sequence[int] = (),
     batch: int = 32,
+    budgets: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    choices: Sequence[Sequence[int]] | None = None,
+    prefixes: PrefixCache | None = None,
     on_text: Callable[[int, str], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Answers to prompts (token ids, each ending in the answer's header), in order.
+    """Answers to prompts (token ids, each ending in the answer's header), in order: all samples of the first prompt first.
 
-    ends: ids that end an answer, beside the tokenizer's and the model's own. on_text: called with (prompt, piece) as text
-    appears, for chat. progress: called with the number of answers just finished. Raises RunError for an empty prompt or
-    one that leaves no room in the context.
+    samples: answers to each prompt; the first is what one sample alone would be. ends: ids that end an answer, beside the
+    tokenizer's and the model's own. batch: rows decoded at once. budgets: most new tokens for each prompt, instead of the
+    sampling's. seeds: what each prompt's random numbers start from, beside the sampling's seed; its place, if not given.
+    choices: answers (token ids) of which each answer is one, chosen token by token among those that go on like it; which
+    one it is, its ids say. prefixes: prompts read in earlier calls. on_text: called with (place of the answer, piece) as
+    text appears, for chat. progress: called with the number of answers just finished.
+
+    A row's numbers do not depend on the rows beside it, at the same decoding size to the last bit: the batch is padded to
+    one of `decoding.SIZES`, and to a smaller one when few rows are left and none wait. What all prompts share is read for
+    itself, which may round otherwise than a prompt as a whole.
+
+    Raises RunError for an empty prompt or one that leaves no room in the context, SpecError for options that do not fit,
+    BaseError for an encoder.
     """
     sampling = sampling or Sampling()
     asked = [[int(token) for token in prompt] for prompt in prompts]
-    _check(forward, asked, sampling)
-    job = _Job(forward, tokenizer, sampling, frozenset([*ends, *_own_ends(forward, tokenizer)]), on_text)
-    alone = not _can_batch(forward)
-    prefix = [] if alone or _slides(forward, asked, sampling) else _common_prefix(asked)
-    order = sorted(range(len(asked)), key=lambda index: len(asked[index]))
-    out: list[Completion | None] = [None] * len(asked)
-    with forward.attention(forward.own_attention):
-        shared = job.prefill(prefix) if len(prefix) >= _SHARE and len(asked) > 1 else None
-        cut = len(prefix) if shared is not None else 0
-        size = 1 if alone else batch
-        for at in range(0, len(order), size):
-            members = order[at : at + size]
-            for index, done in zip(members, job.decode(members, [asked[i][cut:] for i in members], shared, cut), strict=True):
-                out[index] = done
-            if progress:
-                progress(len(members))
-    return [done for done in out if done is not None]
+    room = [sampling.max_new_tokens] * len(asked) if budgets is None else [int(budget) for budget in budgets]
+    _check(forward, asked, room, samples, len(asked) if seeds is None else len(seeds))
+    if not asked:
+        return []
+    stops = list(dict.fromkeys([*ends, *_own_ends(forward, tokenizer)]))
+    tree = None if choices is None else choices_of(choices, stops, min(room))
+    asking = _Asking(tokenizer, sampling, frozenset(stops), on_text, tree)
+    answers = [
+        _Answer(asking, at * samples + number, _seed(sampling.seed, at if seeds is None else seeds[at], number), room[at])
+        for at in range(len(asked))
+        for number in range(samples)
+    ]
+    distinct = list(dict.fromkeys(map(tuple, asked)))
+    place = {ids: number for number, ids in enumerate(distinct)}
+    prompt_of = [place[tuple(asked[answer.index // samples])] for answer in answers]
+    waiting = sorted(range(len(answers)), key=lambda row: (len(distinct[prompt_of[row]]), prompt_of[row]))
+    decoder = decoder_for(forward, [list(ids) for ids in distinct], prompt_of, max(1, batch), prefixes)
+    steps = sum(answer.budget for answer in answers) // min(max(1, batch), len(answers))
+    with forward.attention(decoder.attention), prepacked(forward.model, min(batch, len(answers)), repays(forward.model, steps)):
+        _run(decoder, answers, deque(waiting), sampling, progress)
+    return [answer.done() for answer in answers]
 
 
-def _check(forward: Forward, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def _run(
+    decoder: Decoder, answers: Sequence[_Answer], waiting: deque[int], sampling: Sampling, progress: Callable[[int], None] | None
+) -> None:
+    """Until every answer is complete: let rows in, or take a step."""
+    last: dict[int, int] = {}  # token of each row that is in
+    while waiting or last:
+        count = decoder.room(len(waiting))
+        if count:
+            rows = [waiting.popleft() for _ in range(count)]
+            logits = decoder.enter(rows)
+        else:
+            rows = list(last)
+            logits = decoder.step(rows, list(last.values()))
+        tokens, log_probs = _next(logits, [answers[row] for row in rows], sampling)
+        finished = 0
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            if answers[row].take(token, log_prob):
+                last[row] = token
+            else:
+                last.pop(row, None)
+                decoder.leave(row)
+                finished += 1
+        if progress and finished:
+            progress(finished)
+
+
+def _next(logits: Tensor, answers: Sequence[_Answer], sampling: Sampling) -> tuple[Tensor, Tensor]:
+    draws = [(answer.seed, len(answer.ids)) for answer in answers]
+    return choose(logits, sampling, draws, [answer.allowed() for answer in answers] if answers[0].asking.tree else None)
+
+
+def _check(forward: Forward, prompts: Sequence[Sequence[int]], room: Sequence[int], samples: int, seeds: int) -> None:
+    forward.require_decoder()
+    if samples < 1 or len(room) != len(prompts) or seeds != len(prompts) or any(budget < 1 for budget in room):
+        raise SpecError(
+            f"{samples} samples, {len(room)} budgets and {seeds} seeds do not fit {len(prompts)} prompts.",
+            hints=["At least one sample; one budget, at least 1, and one seed a prompt, where they are given."],
+        )
     context = getattr(forward.model.config.get_text_config(), "max_position_embeddings", None)
-    for number, prompt in enumerate(prompts):
+    for number, (prompt, budget) in enumerate(zip(prompts, room, strict=True)):
         if not len(prompt):
             raise RunError(f"prompt {number + 1} is empty.")
-        if context and len(prompt) + sampling.max_new_tokens > context:
+        if context and len(prompt) + budget > context:
             raise RunError(
-                f"prompt {number + 1} has {len(prompt):,} tokens; with {sampling.max_new_tokens} to come it exceeds the context of "
-                f"{context:,}.",
+                f"prompt {number + 1} has {len(prompt):,} tokens; with {budget} to come it exceeds the context of {context:,}.",
                 hints=["Shorten the prompt, use fewer demonstrations, or lower task.max_new_tokens."],
             )
 
@@ -112,163 +150,77 @@ def _own_ends(forward: Forward, tokenizer: PreTrainedTokenizerBase) -> list[int]
     return [end for end in [*ends, tokenizer.eos_token_id] if end is not None]
 
 
-def _can_batch(forward: Forward) -> bool:
-    """Models with recurrent state have no cache that padding and selection leave exact; they run a row at a time."""
-    return not getattr(forward.model, "_is_stateful", False)
+def _seed(seed: int, prompt: int, sample: int) -> int:
+    words = [seed, prompt] if not sample else [seed, prompt, sample]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def _slides(forward: Forward, prompts: Sequence[Sequence[int]], sampling: Sampling) -> bool:
-    """Can a token lie outside of a sliding window? Padding between a shared prefix and a prompt would then narrow the window."""
-    config = forward.model.config.get_text_config()
-    width = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    return width is not None and max(map(len, prompts), default=0) + sampling.max_new_tokens > width
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """What all answers of one call have in common. tree: the answers to choose among."""
 
-
-def _common_prefix(prompts: Sequence[list[int]]) -> list[int]:
-    """Tokens that all prompts start with, leaving each at least one of its own."""
-    if not prompts:
-        return []
-    first, last = min(prompts), max(prompts)
-    limit = min(len(prompt) for prompt in prompts) - 1
-    n = 0
-    while n < limit and first[n] == last[n]:
-        n += 1
-    return first[:n]
-
-
-class _Job:
-    """What stays the same over the batches of one call."""
-
-    def __init__(
-        self,
-        forward: Forward,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: Sampling,
-        ends: frozenset[int],
-        on_text: Callable[[int, str], None] | None,
-    ) -> None:
-        self.model, self.tokenizer, self.sampling, self.ends, self.on_text = forward.model, tokenizer, sampling, ends, on_text
-        self.device = next(forward.model.parameters()).device
-        recurrent = "cache_params" in inspect.signature(forward.model.forward).parameters
-        self.cache_name = "cache_params" if recurrent else "past_key_values"
-
-    def prefill(self, ids: Sequence[int]) -> Any:
-        """The cache of a prefix, for one row."""
-        cache = DynamicCache(config=self.model.config)
-        self.model(input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
-    def decode(self, members: Sequence[int], prompts: Sequence[Sequence[int]], shared: Any, cut: int) -> list[Completion]:
-        """Answers of one batch. prompts: what follows the shared prefix of `cut` tokens."""
-        ids, mask = self._left_pad(prompts, cut)
-        cache = copy.deepcopy(shared) if shared is not None else None
-        if cache is not None:
-            cache.batch_repeat_interleave(len(prompts))
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, cut:]
-        answers = [_Answer(self, index) for index in members]
-        rows = list(range(len(members)))  # answers still in the batch, in its order
-        for _ in range(self.sampling.max_new_tokens):
-            arguments: dict[str, Any] = {"input_ids": ids, self.cache_name: cache, "use_cache": True, "logits_to_keep": 1}
-            if len(members) > 1:
-                arguments |= {"attention_mask": mask, "position_ids": positions}
-            out = self.model(**arguments)
-            cache = out[self.cache_name]
-            chosen = choose(out.logits[:, -1].float(), self.sampling, [(answers[row].seed, len(answers[row].ids)) for row in rows])
-            going = [at for at, row in enumerate(rows) if answers[row].take(int(chosen[at]))]
-            if not going:
-                break
-            if len(going) < len(rows):
-                keep = torch.tensor(going, device=self.device)
-                cache.batch_select_indices(keep)
-                mask, positions, chosen = mask[keep], positions[keep], chosen[keep]
-                rows = [rows[at] for at in going]
-            ids = chosen[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], -1)
-            positions = positions[:, -1:] + 1
-        return [answer.done() for answer in answers]
-
-    def _left_pad(self, prompts: Sequence[Sequence[int]], cut: int) -> tuple[Tensor, Tensor]:
-        longest = max(len(prompt) for prompt in prompts)
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
-        mask = torch.tensor([[1] * cut + [0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        return ids, mask
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    ends: frozenset[int]
+    on_text: Callable[[int, str], None] | None
+    tree: Choices | None
 
 
 class _Answer:
     """One answer in the making."""
 
-    def __init__(self, job: _Job, index: int) -> None:
-        self.job, self.index = job, index
-        self.seed = int(np.random.SeedSequence([job.sampling.seed, index]).generate_state(1, np.uint64)[0])
+    def __init__(self, asking: _Asking, index: int, seed: int, budget: int) -> None:
+        self.asking, self.index, self.seed, self.budget = asking, index, seed, budget
         self.ids: list[int] = []
-        self.finished = "length"
+        self.log_probs: list[float] = []
+        self.finished = ""
         self.text: str | None = None
         self._said = ""
+        self._node = asking.tree
 
-    def take(self, token: int) -> bool:
+    def allowed(self) -> list[int] | None:
+        """Ids to choose the next token among, if the answer is one of several given."""
+        return None if self._node is None else self._node.next_ids(sorted(self.asking.ends))
+
+    def take(self, token: int, log_prob: float) -> bool:
         """Add a token; False when the answer is complete."""
         self.ids.append(token)
-        if token in self.job.ends:
+        self.log_probs.append(log_prob)
+        if self._node is not None:
+            self._node = self._node.follows.get(token)
+            if self._node is None or not self._node.follows:
+                self.finished = "end"
+        elif token in self.asking.ends:
             self.finished = "end"
-        elif self.job.sampling.stop or self.job.on_text:
+        if not self.finished and (self.asking.sampling.stop or self.asking.on_text):
             text = self._decode()
-            hits = [text.index(word) for word in self.job.sampling.stop if word in text]
+            hits = [text.index(word) for word in self.asking.sampling.stop if word in text]
             if hits:
                 self.finished, self.text = "stop", text[: min(hits)]
             self._say(self.text if self.text is not None else text[: self._settled(text)])
-        return self.finished == "length"
+        if not self.finished and len(self.ids) >= self.budget:
+            self.finished = "length"
+        return not self.finished
 
     def done(self) -> Completion:
         text = self._decode() if self.text is None else self.text
         self._say(text)
-        return Completion(self.ids, text, self.finished)
+        return Completion(self.ids, text, self.finished, self.log_probs)
 
     def _decode(self) -> str:
-        ids = self.ids[:-1] if self.ids and self.ids[-1] in self.job.ends else self.ids
-        return str(self.job.tokenizer.decode(ids, skip_special_tokens=True))
+        ids = self.ids[:-1] if self.ids and self.ids[-1] in self.asking.ends else self.ids
+        return str(self.asking.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _settled(self, text: str) -> int:
         """Characters that the next tokens cannot take back: no half character and no beginning of a stop string at the end."""
         end = len(text.rstrip("\ufffd"))
-        longest = max((len(word) for word in self.job.sampling.stop), default=0)
+        longest = max((len(word) for word in self.asking.sampling.stop), default=0)
         for at in range(max(0, end - longest + 1), end):
-            if any(word.startswith(text[at:end]) for word in self.job.sampling.stop):
+            if any(word.startswith(text[at:end]) for word in self.asking.sampling.stop):
                 return at
         return end
 
     def _say(self, text: str) -> None:
-        if self.job.on_text and len(text) > len(self._said):
-            self.job.on_text(self.index, text[len(self._said) :])
+        if self.asking.on_text and len(text) > len(self._said):
+            self.asking.on_text(self.index, text[len(self._said) :])
             self._said = text
-
-
-def choose(logits: Tensor, sampling: Sampling, draws: Sequence[tuple[int, int]]) -> Tensor:
-    """The next token of each row. logits [rows, vocab], fp32; draws: (seed, position) of each row -> [rows].
-
-    Sampling is by the inverse of the cumulative distribution at one uniform number a row, in the order of falling
-    probability; top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) keep a head of that order.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    p, order = torch.softmax(logits / sampling.temperature, -1).sort(dim=-1, descending=True, stable=True)
-    if sampling.top_k:
-        p = torch.where(torch.arange(p.shape[-1], device=p.device) < sampling.top_k, p, 0.0)
-    if sampling.min_p:
-        p = torch.where(p >= sampling.min_p * p[:, :1], p, 0.0)
-    if sampling.top_p < 1:
-        before = p.cumsum(-1) - p
-        p = torch.where(before < sampling.top_p * p.sum(-1, keepdim=True), p, 0.0)
-    reached = p.double().cumsum(-1)
-    uniform = torch.tensor([[_uniform(*draw)] for draw in draws], dtype=torch.float64, device=p.device)
-    picked = (reached <= uniform * reached[:, -1:]).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-    chosen: Tensor = order.gather(1, picked)[:, 0]
-    return chosen
-
-
-def _uniform(seed: int, position: int) -> float:
-    """SplitMix64 of (seed, position), in [0, 1): the random number is a function of the row and its place, nothing else."""
-    wrap = (1 << 64) - 1
-    x = (seed + (position + 1) * 0x9E3779B97F4A7C15) & wrap
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & wrap
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & wrap
-    return float((x ^ (x >> 31)) >> 11) / (1 << 53)

@@ -1,5 +1,8 @@
 """The training loop: rows of a step, packs, one forward and backward each, one update. Resumes bit for bit.
 
+Several processes take a step together: each computes a share of its packs, the gradients are summed, and each makes the
+same update. What they have to agree on (a stop, a lack of memory) they tell one another once a step.
+
 What happens at a step is a function of the spec, the rows, the step number and the weights: the order of rows, the
 random numbers and the learning rate are computed from the step, so a checkpoint needs no hidden state.
 """
@@ -7,34 +10,45 @@ random numbers and the learning rate are computed from the step, so a checkpoint
 from __future__ import annotations
 
 import math
-import signal
-import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tunesmith.core.errors import Interrupted, RunError
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.row import Row
 from tunesmith.data.sharing import share_prefix
+from tunesmith.engine.compiling import compiled, decide
+from tunesmith.engine.dealing import Deal, deal
+from tunesmith.engine.guard import bad_step, check_alike, diverged, gone_wrong, remembered
+from tunesmith.engine.losses import loss_of, weight_of
 from tunesmith.engine.memory import in_mode, out_of_memory, recomputing, release
 from tunesmith.engine.model import Model
 from tunesmith.engine.optimizer import Optimizer, learning_rate
-from tunesmith.engine.pack import Pack, pack_rows
+from tunesmith.engine.pack import unrolled_tokens
+from tunesmith.engine.preparing import digest, prepare
 from tunesmith.engine.rundir import Metrics, RunFolder
+from tunesmith.engine.sharding import gather, shard, whole
+from tunesmith.engine.stopping import stopping
 from tunesmith.engine.trackers import Trackers
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.spec import Spec, objective_call
 
 DevMetric = Callable[[], Mapping[str, float]]
-"""Judges the model as it stands on the dev samples; the first value is the one that counts, higher is better."""
+"""Judges the model as it stands on the dev samples; the first value is the one that counts, higher is better. Where several
+processes train, all of them call it at once, and the first one's values hold."""
+
+_TRIES = 40
+"""Times that a step is done again in smaller parts: more than halving can take."""
+
+_ECHO = 2.0
+"""Seconds in which a launcher's second signal counts as the terminal's first one."""
 
 
 @dataclass
@@ -52,6 +66,7 @@ class State:
     dev_seconds: float = 0.0
     metrics_offset: int = 0
     pack_tokens: int | None = None  # of a micro-batch, where the spec's did not fit into memory
+    compiled: bool | None = None  # decided as the run begins, and kept: compiled layers round differently
 
 
 class Trainer:
@@ -71,44 +86,55 @@ class Trainer:
         if not rows:
             raise RunError("there are no rows to train on.")
         self.model, self.rows, self.spec, self.folder, self.dev = model, rows, spec, folder, dev
-        self.reporter = reporter or Quiet()
+        self.processes = folder.processes
+        self.reporter = (reporter if self.processes.first else None) or Quiet()
         self.resume_hint = resume_hint or f"tunesmith train {folder.path / 'spec.yaml'} --resume"
         self.adapter = model.adapter
         call = objective_call(spec.objective)
-        self.objective, self.options = OBJECTIVES[call.name].function, call.options
-        self.lr = spec.train.lr or (2e-5 if self.adapter.in_place else 2e-4)
+        self.objective, self.options = OBJECTIVES[call.name], call.options
+        self.lr = spec.train.lr or self.adapter.lr
         self.total = total_steps(spec, len(rows))
         self.every = spec.train.evaluate_every or max(1, self.total // 8)
         self.save_every = spec.train.save_every or self.every
         self.order = partial(rows_of_step, rows=len(rows), batch=spec.train.batch, seed=spec.train.seed)
-        self.optimizer = Optimizer(self.adapter.named_parameters(), spec.train)
         self.state = State()
-        self._stop = False
+        self._asked = self._stop = False  # this process was asked to stop; all processes stop after this step
         if spec.train.patience is not None and dev is None:
             hints = ["Set some apart:  data.dev=10%", "Or train to the end:  train.patience=null"]
             raise RunError("train.patience needs dev samples to judge by.", hints=hints)
+        if self.processes.several:
+            check_alike(self.processes, spec, model, [self.rows[index] for index in self.order(0)], len(rows))
+        self.spread = spec.train.sharding == "fsdp" and self.processes.several
+        if self.spread:
+            shard(model, self.processes)
+        self.optimizer = Optimizer(self.adapter.named_parameters(), spec.train, self.processes, self.adapter.rates())
 
     def run(self, *, resume: bool = False) -> State:
         """Train to the end, the early stop or an interruption; then the model holds the best weights seen."""
         if resume:
             self._resume()
-        self.metrics = Metrics(self.folder.path / "metrics.jsonl", self.state.metrics_offset)
-        trackers = Trackers(self.spec.track, self.folder.path, self.folder.path.name, self.spec.model_dump(mode="json"))
+        self._prepare()
+        self.metrics = Metrics(self.folder.path / "metrics.jsonl", self.state.metrics_offset, on=self.processes.first)
+        tracked = self.spec.track if self.processes.first else []
+        trackers = Trackers(tracked, self.folder.path, self.folder.path.name, self.spec.model_dump(mode="json"))
         noise = self.model.forward.neftune(self.spec.train.neftune, self.spec.train.neftune_noise)
         again = recomputing(self.model.base.model, self.spec.train.checkpointing)
+        faster = compiled(self.model.base.model, self._compiling(), lambda line: self.reporter.line("", line))
         self.adapter.train()
         try:
             with (
                 self.model.active(),
                 noise,
                 again,
+                faster,
                 self.model.forward.held(),
-                self._signals(),
+                stopping(self._ask_to_stop, echo=_ECHO if self.processes.several else 0.0),
                 self.reporter.work("step", self.total, self.state.step) as work,
             ):
                 while self.state.step < self.total and not self._patience_over():
                     values = self._one_step()
-                    trackers.log(values, self.state.step)
+                    if self._logged(self.state.step):
+                        trackers.log(values, self.state.step)
                     judged = self._judge_and_save()
                     trackers.log(judged, self.state.step)
                     work.advance(1, self._note(values["loss"]))
@@ -116,42 +142,108 @@ class Trainer:
             self.adapter.train(False)
             trackers.end()
         self._take_best()
+        if self.spread:
+            gather(self.model)
         return self.state
+
+    def _prepare(self) -> None:
+        """Let the adapter see what it has to see of the data before the first step; on resuming it knows it from the checkpoint."""
+        if not self.adapter.waits:
+            return
+
+        def loss(row: Row) -> Tensor:
+            forward = self.model.forward
+            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options).total / weight_of([row], self.objective)
+
+        with self.model.active(), self.model.forward.held():
+            seen = prepare(self.adapter, self.rows, loss)
+        self.optimizer.clear()
+        self.processes.same("masks", digest(self.adapter), ["Every machine needs the same kind of processor, or train on one process."])
+        self.reporter.line("masks", f"found on {seen} rows")
+
+    def _compiling(self) -> bool:
+        """Whether layers are compiled; decided as the run begins, from what is planned."""
+        if self.state.compiled is None:
+            tokens = self.spec.train.batch * self.total * mean_tokens(self.rows) / self.processes.count
+            choice = "off" if self.spread else self.spec.train.compile
+            self.state.compiled, why = decide(choice, self.model.base.model, int(tokens))
+            self.reporter.line("layers", f"{'compiled' if self.state.compiled else 'not compiled'}: {why}")
+        return self.state.compiled and not self.spread  # it may have been begun unspread
 
     # One step
 
     def _one_step(self) -> dict[str, float]:
         began, step, spec = time.perf_counter(), self.state.step, self.spec.train
         rows = [self.rows[index] for index in self.order(step)]
-        weight = float(sum(row.supervised_tokens for row in rows))
-        loss, norm = self._gradients(rows, weight) / weight, self.optimizer.gradient_norm()
+        weight = weight_of(rows, self.objective)
+        logged = self._logged(step + 1)
+        total, sums = self._gradients(rows, weight, logged)
+        loss, norm = total / weight, self.optimizer.gradient_norm()
         lr = learning_rate(step, self.total, self.lr, spec)
         self._guard(loss, norm, lr, rows)
+        self.adapter.graded(step + 1, self.total)
         self.optimizer.step(lr, 1.0 if spec.clip is None else min(1.0, spec.clip / (norm + 1e-6)))
+        self.adapter.updated(step + 1, self.total)
         self.state.step += 1
-        self._remember(loss)
+        self.state.losses = remembered(self.state.losses, loss)
         tokens = sum(row.tokens for row in rows)
         self.state.tokens += tokens
         self.state.supervised += int(weight)
         seconds = time.perf_counter() - began
         self.state.train_seconds += seconds
         values = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds}
-        self.metrics.write(step=self.state.step, **values)
+        if logged:
+            values |= {name: value / weight for name, value in sums.items()}
+            self.metrics.write(step=self.state.step, **values)
         return values
 
-    def _gradients(self, rows: Sequence[Row], weight: float) -> float:
-        """Forward and backward of the step's rows, the summed loss. What does not fit into memory is done again in smaller
-        micro-batches: the same rows, the same loss."""
-        longest = max(row.tokens for row in rows)
-        while True:
+    def _logged(self, step: int) -> bool:
+        """Whether a step, counted from 1, has a line in the metrics."""
+        return step % self.spec.train.log_every == 0 or step == self.total
+
+    def _gradients(self, rows: Sequence[Row], weight: float, logged: bool) -> tuple[float, dict[str, float]]:
+        """Forward and backward of the step's rows: the summed loss and, on logged steps, the sums of the objective's metrics.
+
+        What does not fit into memory is done again in smaller micro-batches: the same rows, the same loss.
+        """
+        size: Callable[[Row], int] = (lambda row: row.tokens) if self.model.forward.causal else unrolled_tokens
+        longest = max(map(size, rows))
+        for _ in range(_TRIES):
             budget = max(self.state.pack_tokens or self.spec.train.pack_tokens, longest)
-            packs = pack_rows(self._trees(rows, budget), budget)
+            dealt = deal(partial(self._trees, rows), size, budget, longest, self.processes.count)
+            losses: list[Tensor] = []
+            sums: dict[str, float] = {}
+            fits = True
             try:
-                return sum(self._backward(pack, micro, weight) for micro, pack in enumerate(packs))
+                losses = self._own_part(dealt, weight, sums if logged else None)
             except (RuntimeError, MemoryError) as cause:
-                if not out_of_memory(cause):
+                if not out_of_memory(cause) or self.spread:  # the others wait within their blocks
                     raise
-            self._shrink(max(pack.tokens for pack in packs), longest)
+                fits = False
+            if self._all_fit(fits):
+                return self._summed(losses, sums if logged else None)
+            self._shrink(max(dealt.tokens), longest)
+        raise RunError(f"out of memory {_TRIES} times in one step.", where=str(self.folder.path))
+
+    def _own_part(self, dealt: Deal, weight: float, sums: dict[str, float] | None) -> list[Tensor]:
+        """This process's micro-batches: their losses. sums: where the metrics' sums go, on logged steps."""
+        losses = [self._backward(rows, number, weight, sums) for number, rows in dealt.of(self.processes.rank)]
+        if self.spread:  # blocks are gathered by all processes or none
+            for _ in range(dealt.passes - len(losses)):
+                self._backward(dealt.smallest, 0, math.inf, None)
+        if self.processes.first:  # gradients are summed over the processes
+            self._penalise(weight, sums)
+        return losses
+
+    def _penalise(self, weight: float, sums: dict[str, float] | None) -> None:
+        """The gradient of what the method itself adds to the loss."""
+        penalty = self.adapter.penalty()
+        if penalty is None:
+            return
+        penalty.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.collect()
+        if sums is not None:  # these are divided by the weight
+            sums["penalty"] = float(penalty.detach()) * weight
 
     def _shrink(self, tokens: int, longest: int) -> None:
         """Halve the micro-batch for the rest of the run. Raises RunError where a single row is too much."""
@@ -175,48 +267,49 @@ class Trainer:
         """The step's rows with common prompts merged: system turns and instructions are computed once, not once a row.
 
         Exact, since shared tokens are unsupervised and see nothing but themselves. Not under NEFTune, where every row has
-        noise of its own, nor where rows are padded and would be unrolled again.
+        noise of its own, nor where rows are padded, or read both ways, and would be unrolled again.
         """
-        if self.spec.train.neftune is not None or not self.model.forward.packed:
+        forward = self.model.forward
+        if self.spec.train.neftune is not None or not (forward.packed and forward.causal):
             return list(rows)
         return [shared.row for shared in share_prefix(rows, max_tokens=budget)]
 
-    def _backward(self, pack: Pack, micro: int, weight: float) -> float:
+    def _backward(self, rows: list[Row], micro: int, weight: float, sums: dict[str, float] | None) -> Tensor:
+        """One micro-batch: its gradient, and its loss before the division by the step's weight (inf: nothing is to be learned)."""
         torch.manual_seed(_mix(self.spec.train.seed, self.state.step, micro))
-        loss = self.objective(self.model.forward(pack).log_probs, **self.options)
+        forward = self.model.forward
+        loss = loss_of(forward, self.adapter, forward.pack(rows), self.objective, self.options, logging=sums is not None)
         (loss.total / weight).backward()
         self.optimizer.collect()
-        return loss.total.item()
+        if sums is not None:
+            for name, value in loss.metrics.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return loss.total.detach()
+
+    # What all processes have to know of a step
+
+    def _all_fit(self, fits: bool) -> bool:
+        """Whether the step fitted into every process's memory; gradients are then summed. A stop that one was asked for holds for all."""
+        if not self.processes.several:
+            return fits
+        misfits, stops, *received = self.processes.sum([not fits, self._asked, *self.optimizer.received()])
+        self._stop = bool(stops)
+        if not misfits:
+            self.optimizer.add_up(received)
+        return not misfits
+
+    def _summed(self, losses: Sequence[Tensor], sums: dict[str, float] | None) -> tuple[float, dict[str, float]]:
+        """The loss and the metrics over all processes."""
+        (total,) = self.processes.sum([sum(torch.stack(list(losses)).tolist()) if losses else 0.0])
+        return total, {} if sums is None else self.processes.sum_named(sums)
 
     def _guard(self, loss: float, norm: float, lr: float, rows: Sequence[Row]) -> None:
         """Stop on a loss that is not a number or has exploded, before it reaches the weights."""
-        seen = self.state.losses
-        exploded = len(seen) >= 10 and loss > self.spec.train.explode * statistics.median(seen[5:]) and loss > 2 * max(seen[:5])
-        if math.isfinite(loss) and math.isfinite(norm) and not exploded:
-            return
-        self.optimizer.clear()
-        kind = "exploded" if math.isfinite(loss) and math.isfinite(norm) else "is not a number"
-        was = f"{statistics.median(seen[-20:]):.3f}" if seen else "not known"
-        what = f"the loss {kind} at step {self.state.step + 1}: loss {loss:.4g} (it was {was}), gradient norm {norm:.4g}"
-        places = ", ".join(dict.fromkeys(row.where for row in rows[:4] if row.where))
-        raise self._diverged(what, lr, [f"The step's rows: {places}, ... ({len(rows)} in all)"])
-
-    def _diverged(self, what: str, lr: float, hints: Sequence[str] = ()) -> RunError:
-        steps = self.folder.checkpoints.steps()
-        kept = f"the last good checkpoint is {self.folder.checkpoints.path(steps[-1])}" if steps else "there is no checkpoint yet"
-        return RunError(
-            f"{what}, learning rate {lr:.2g}; {kept}.",
-            where=str(self.folder.path),
-            hints=[
-                *hints,
-                f"Most often the learning rate is too high: try  train.lr={self.lr / 4:.1g}  or a longer  train.warmup",
-                "If it happens at once: try  base.dtype=fp32, and look at the rows with  tunesmith data show",
-            ],
-        )
-
-    def _remember(self, loss: float) -> None:
-        kept = [*self.state.losses, loss]
-        self.state.losses = kept if len(kept) <= 25 else [*kept[:5], *kept[-20:]]
+        wrong = gone_wrong(loss, norm, self.state.losses, self.spec.train.explode)
+        if wrong:
+            self.optimizer.clear()
+            what, hints = bad_step(wrong, self.state.step + 1, loss, norm, self.state.losses, rows)
+            raise diverged(what, lr, self.folder, hints)
 
     # Dev metric and checkpoints
 
@@ -235,8 +328,9 @@ class Trainer:
     def _judge(self) -> tuple[dict[str, float], bool]:
         assert self.dev is not None
         began, state = time.perf_counter(), self.state
-        with in_mode(self.model.base.model, training=False):
-            values = {f"dev_{name}": float(value) for name, value in self.dev().items()}
+        together = whole(self.model) if self.spread else nullcontext()
+        with together, in_mode(self.model.base.model, training=False):
+            values = self.processes.told({f"dev_{name}": float(value) for name, value in self.dev().items()})
         state.dev_seconds += time.perf_counter() - began
         self.metrics.write(step=state.step, **values)
         judged = next(iter(values.values()))
@@ -254,17 +348,26 @@ class Trainer:
     def _save(self) -> None:
         self.state.metrics_offset = self.metrics.offset()
         weights, moments = self.optimizer.state()
-        if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
-            raise self._diverged(f"the update of step {self.state.step} made the weights infinite", self.lr)
-        files = {"weights": weights, "moments": moments}
-        self.folder.checkpoints.save(self.state.step, files, asdict(self.state), best=self.state.best_step)
+        broken = any(not bool(torch.isfinite(weight).all()) for weight in weights.values())
+        if self.processes.sum([broken])[0]:
+            raise diverged(f"the update of step {self.state.step} made the weights infinite", self.lr, self.folder)
+        memory = self.adapter.memory()
+        self.folder.checkpoints.save(
+            self.state.step,
+            {"weights": weights, "moments": moments, **({"memory": memory} if memory else {})},
+            asdict(self.state),
+            best=self.state.best_step,
+            processes=self.processes,
+            spread=self.optimizer.spread,
+        )
 
     def _resume(self) -> None:
-        steps = self.folder.checkpoints.steps()
+        steps = self.processes.told(self.folder.checkpoints.steps())
         if not steps:
             return
         tensors, state = self.folder.checkpoints.load(steps[-1])
         self.optimizer.load(tensors["weights"], tensors.get("moments", {}))
+        self._remember(tensors.get("memory", {}))
         self.state = State(**{name: state[name] for name in asdict(State())})
         self.reporter.line("resume", f"from step {self.state.step} of {self.total}")
 
@@ -272,32 +375,24 @@ class Trainer:
         if self.state.best_step is not None and self.state.best_step != self.state.step:
             tensors, _ = self.folder.checkpoints.load(self.state.best_step)
             self.optimizer.load(tensors["weights"], {})
+            self._remember(tensors.get("memory", {}))
+
+    def _remember(self, memory: Mapping[str, Tensor]) -> None:
+        """Give the forms back what they remembered at a checkpoint."""
+        for name, kept in self.adapter.memory().items():
+            kept.copy_(memory[name])
+        self.adapter.settle()
 
     # Words and signals
+
+    def _ask_to_stop(self) -> None:
+        self._asked = True
+        self._stop = not self.processes.several
 
     def _note(self, loss: float) -> str:
         state = self.state
         dev = f" · dev {state.best:.3f} (best, step {state.best_step})" if state.best is not None else ""
         return f"loss {loss:.3f}{dev} · {state.tokens / max(state.train_seconds, 1e-9):,.0f} tok/s"
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or termination finishes the step and saves; the second ends at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, frame: Any) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def total_steps(spec: Spec, rows: int) -> int:
@@ -305,6 +400,12 @@ def total_steps(spec: Spec, rows: int) -> int:
     if spec.train.steps is not None:
         return spec.train.steps
     return max(1, math.ceil((spec.train.epochs or 3.0) * rows / min(rows, spec.train.batch)))
+
+
+def mean_tokens(rows: Sequence[Row], sample: int = 1000) -> float:
+    """Tokens of a row, the mean over at most so many, evenly spread."""
+    some = range(0, len(rows), max(1, len(rows) // sample))
+    return sum(rows[index].tokens for index in some) / len(some)
 
 
 def rows_of_step(step: int, rows: int, batch: int, seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""How a system answers: by choosing the likeliest label, or by generating.
+"""How a system answers: by its task head, by choosing the likeliest label, or by generating.
 
 Choosing: the likelihood of each label's whole answer given the prompt, in packs whose shared prompts are computed once.
 """
@@ -8,19 +8,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tunesmith.core.errors import DataError, RunError, SpecError, TunesmithError
 from tunesmith.core.record import Record
 from tunesmith.core.row import Row
 from tunesmith.data.lengths import drop_oldest_turns, longest_path
+from tunesmith.data.rows import notes_of
 from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.asking import Answered, Answerer, OnText, Progress, Question, Reply, cut_note
 from tunesmith.engine.model import Model
 from tunesmith.engine.pack import pack_rows
 from tunesmith.engine.sampler import Sampling, generate
 from tunesmith.engine.server import Server
+from tunesmith.evaluation.classifying import label_logits
 from tunesmith.evaluation.prompting import Ask
 from tunesmith.evaluation.task import Task
+
+Way = Literal["head", "likelihood", "generation"]
 
 PACK_TOKENS = 4096
 """Tokens of an evaluation pack. Without gradients little is kept, so packs may be larger than in training."""
@@ -44,16 +49,34 @@ class System:
         """Who answers. batch: rows generated at once in this process; a server has its own `concurrency`."""
         return answerer(self.model, batch)
 
-    def chooses(self, task: Task) -> bool:
-        """Is the likeliest label its answer? Raises SpecError where likelihoods would be needed from a server, which tells none."""
-        choose = task.kind == "label" and task.scoring == "likelihood" and not self.reasons
-        if choose and isinstance(self.model, Server):
-            raise SpecError(
-                "labels cannot be scored by likelihood through a server: it says answers, not the probabilities of given ones.",
-                where=self.name,
-                hints=["Nearest that works here:  task.scoring=generation"],
-            )
-        return choose
+    def way(self, task: Task) -> Way:
+        """How it answers: with its task head, with the likeliest label, or in words.
+
+        Raises SpecError where likelihoods would be needed from a server, which tells none, or words from an encoder.
+        """
+        choose = task.kind == "label" and not self.reasons
+        if isinstance(self.model, Server):
+            if choose and task.scoring != "generation":
+                raise SpecError(
+                    "labels cannot be scored by likelihood through a server: it says answers, not the probabilities of given ones.",
+                    where=self.name,
+                    hints=["Nearest that works here:  task.scoring=generation"],
+                )
+            return "generation"
+        if choose and task.scoring == "auto" and self.model.head is not None:
+            return "head"
+        refuse_prompts(self.model, self.name)
+        return "likelihood" if choose and task.scoring != "generation" else "generation"
+
+
+def refuse_prompts(model: Model, where: str = "") -> None:
+    """Raise SpecError for an encoder, which answers no prompt."""
+    if model.base.kind == "encoder":
+        raise SpecError(
+            f"{model.base.name} is an encoder: it reads texts and answers no prompt.",
+            where=where,
+            hints=["Nearest that works here:  train a task head on it:  objective: classify"],
+        )
 
 
 @dataclass(slots=True)
@@ -139,6 +162,21 @@ def _check_context(model: Model, rows: Sequence[Row]) -> None:
                 where=row.where,
                 hints=["Use fewer demonstrations (shots=...), or shorten the text."],
             )
+
+
+def by_head(model: Model, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
+    """The label that the model's task head says of each record."""
+    rows, logits = label_logits(model, task, records, progress)
+    assert model.head is not None
+    chosen = [model.head.labels[index] for index in logits.argmax(-1).tolist()]
+    tokens = [row.tokens for row in rows]
+    return Answers(
+        texts=chosen,
+        labels=chosen,
+        prompt_tokens=sum(tokens),
+        first_prompt=model.base.tokenizer.decode(rows[0].segments[0].ids.tolist()),
+        notes=[f"{note} ({count} rows)" for note, count in notes_of(rows).items()],
+    )
 
 
 # Generating

@@ -1,6 +1,6 @@
 """Asking a system questions and judging its answers.
 
-Label tasks: the likeliest label, or generation and parsing. Generative tasks: generation and a metric. Dialogues: every
+Label tasks: a task head, the likeliest label, or generation and parsing. Generative tasks: generation and a metric. Dialogues: every
 assistant turn is asked for, under the gold history or under the system's own.
 """
 
@@ -19,7 +19,7 @@ from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.record import Record
 from tunesmith.engine.model import Model
 from tunesmith.engine.server import Server
-from tunesmith.evaluation.answering import Answers, System, by_generation, by_likelihood, score_options
+from tunesmith.evaluation.answering import Answers, System, by_generation, by_head, by_likelihood, score_options
 from tunesmith.evaluation.dialogues import by_turns, turn_scores
 from tunesmith.evaluation.labels import parse_label
 from tunesmith.evaluation.metrics import metric, score_all
@@ -34,17 +34,19 @@ def evaluate(system: System, task: Task, records: Sequence[Record], *, reporter:
     """Ask every record and judge every answer; nothing is dropped.
 
     Raises DataError where a record cannot be asked or judged, RunError where answers leave no room in the context or a
-    server fails, SpecError where labels are to be scored by likelihood through a server.
+    server fails, SpecError where labels are to be scored by likelihood through a server, or words asked of an encoder.
     """
     if not records:
         raise DataError("there are no questions to evaluate on.")
     task.check(records)
     reporter = reporter or Quiet()
-    choose, model, answerer = system.chooses(task), system.model, system.answerer(batch)
+    way, model, answerer = system.way(task), system.model, system.answerer(batch)
     with torch.no_grad(), answerer.session():
         with PeakMemory() as memory, reporter.work(system.name, len(records)) as work:
             began = time.perf_counter()
-            if choose and isinstance(model, Model):
+            if way == "head" and isinstance(model, Model):
+                answers = by_head(model, task, records, work.advance)
+            elif way == "likelihood" and isinstance(model, Model):
                 answers = by_likelihood(system, model, task, records, work.advance)
             elif task.kind == "generate" and any(is_dialogue(record) for record in records):
                 answers = by_turns(system, answerer, task, records, work.advance)

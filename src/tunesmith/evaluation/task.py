@@ -18,9 +18,9 @@ _DEFAULT = "Classify the text. Answer with one of: {labels}.\n\nText: {text}"
 @dataclass(frozen=True, slots=True)
 class Task:
     """kind: "label" a choice among `labels`, "generate" free text. instruction: "{text}" marks the record's text.
-    scoring: label tasks by the likelihood of each label, or by generation and parsing. metric: name or {name: options};
-    "accuracy" for labels, "exact_match" if none is named for text.
-    history: whose turns a dialogue is continued from.
+    scoring: label tasks by the likelihood of each label, or by generation and parsing; "auto": by the task head of a model
+    that has one, else by likelihood. metric: name or {name: options}; "accuracy" for labels, "exact_match" if none is named
+    for text. history: whose turns a dialogue is continued from.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Task:
     labels: tuple[str, ...] = ()
     system: str | None = None
     instruction: str = ""
-    scoring: Literal["likelihood", "generation"] = "likelihood"
+    scoring: Literal["auto", "likelihood", "generation"] = "auto"
     metric: str | Mapping[str, Any] = ""
     max_new_tokens: int = 128
     history: Literal["gold", "own"] = "gold"

@@ -13,6 +13,7 @@ from tunesmith.engine.rundir import RunFolder
 from tunesmith.evaluation.evaluate import evaluate
 from tunesmith.evaluation.results import Evaluation, Judged
 from tunesmith.evaluation.task import Task
+from tunesmith.ladder.heads import TRAINING, check_rungs_of
 from tunesmith.ladder.job import Job, environment, prepare, run_folder
 from tunesmith.ladder.reporting import Climbed, build_report
 from tunesmith.ladder.rungs import Rung, make_rungs
@@ -42,9 +43,10 @@ def climb(
             folder.clear()
         _begin(folder, spec, resume)
         job = prepare(on_dtype_of(spec, folder.environment()) if folder.started else spec, reporter=reporter)
+        check_rungs_of(spec, job.start)
         if not folder.started:
             folder.begin(spec, environment(job.base))
-        job.keep_base = not spec.climb.rungs[-1].startswith("sft")
+        job.keep_base = spec.climb.rungs[-1].split("(")[0].strip() not in TRAINING
         _say_questions(job)
         done: list[Climbed] = []
         for expression, maker in makers:

@@ -83,7 +83,7 @@ def compare_systems(
 ) -> Comparison:
     """Ask each system every record. Raises what `evaluate` raises."""
     for system in systems:
-        system.chooses(task)  # a refusal comes before any work
+        system.way(task)  # a refusal comes before any work
     evaluations = [evaluate(system, task, records, reporter=reporter) for system in systems]
     verdicts = paired_verdicts(evaluations, margin)
     return Comparison(task, list(systems), evaluations, verdicts, margin)

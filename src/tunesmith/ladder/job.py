@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from tunesmith.bases import Base, load_base
-from tunesmith.bases.hardware import hardware
+from tunesmith.bases.hardware import hardware, pick_device, pick_dtype
 from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.packages import cache_dir
 from tunesmith.core.progress import Quiet, Reporter
@@ -21,15 +22,18 @@ from tunesmith.core.record import Record
 from tunesmith.core.row import Row
 from tunesmith.data.lengths import fit
 from tunesmith.data.rowcache import RowCache
-from tunesmith.data.rows import notes_of, to_rows
+from tunesmith.data.rows import iter_rows, notes_of
 from tunesmith.data.rowstore import RowStore
 from tunesmith.engine.model import Model, attach_to
+from tunesmith.engine.processes import ALONE, Processes, current
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.runs import is_run, open_run
+from tunesmith.evaluation.classifying import head_rows
 from tunesmith.evaluation.evaluate import System, evaluate
 from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.evaluation.task import Task, make_task
 from tunesmith.ladder.data import Splits, as_messages, load_splits, take
+from tunesmith.ladder.heads import check_objective, give_head, labels_of, objective_of
 from tunesmith.ladder.streaming import Making, RecordStream, stored_rows
 from tunesmith.spec import Spec
 
@@ -51,33 +55,49 @@ class Job:
     def base(self) -> Base:
         return self.start.base
 
-    @cached_property
-    def rows(self) -> Sequence[Row]:
-        """Training rows, tokenised once and cached by content, none over the limit. Raises DataError as the policy says."""
-        spec = self.spec.data
-        limit = spec.max_tokens or self.base.context_length or 2**31
+    @property
+    def limit(self) -> int:
+        """Tokens that a row may have at most. Raises DataError where the spec allows more than the base reads."""
+        limit = self.spec.data.max_tokens or self.base.context_length or 2**31
         if self.base.context_length and limit > self.base.context_length:
             raise DataError(
                 f"data.max_tokens={limit:,} is more than {self.base.name} reads ({self.base.context_length:,}).",
                 hints=[f"Nearest that works here:  data.max_tokens={self.base.context_length}"],
             )
+        return limit
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the outputs of a task head are called, in order."""
+        return labels_of(self.spec, self.start, self.task)
+
+    @cached_property
+    def rows(self) -> Sequence[Row]:
+        """Training rows, tokenised once and cached by content, none over the limit. Raises DataError as the policy says."""
         if isinstance(self.splits.train, RecordStream):
-            return self._rows_on_disk(self.splits.train, limit)
-        made = to_rows(
-            self.base.tokenizer,
-            [self.sample(record) for record in self.splits.train],
-            supervise=spec.supervise,
-            renderer=self.start.renderer,
-            cache=RowCache(cache_dir() / "rows"),
+            return self._rows_on_disk(self.splits.train)
+        made = list(self.made(self.splits.train, RowCache(cache_dir() / "rows")))
+        rows, lengths = fit(made, self.limit, self.spec.data.overlong, self.base.tokenizer)
+        self._say_rows(
+            len(rows),
+            sum(row.tokens for row in rows),
+            sum(row.supervised_tokens for row in rows),
+            str(lengths) if lengths.dropped or lengths.truncated else "",
+            notes_of(rows),
         )
-        rows, lengths = fit(made, limit, spec.overlong, self.base.tokenizer)
-        tokens, supervised = sum(row.tokens for row in rows), sum(row.supervised_tokens for row in rows)
-        self._say_rows(len(rows), tokens, supervised, str(lengths) if lengths.dropped or lengths.truncated else "", notes_of(rows))
         return list(rows)
 
-    def _rows_on_disk(self, stream: RecordStream, limit: int) -> RowStore:
+    def made(self, records: Iterable[Record], cache: RowCache | None = None) -> Iterator[Row]:
+        """Records as the objective learns from them: whole texts with their label, or dialogues with their answers."""
+        tokenizer, renderer = self.base.tokenizer, self.start.renderer
+        if objective_of(self.spec).reads_labels:
+            return head_rows(self.base.kind, renderer, self.task, self.labels, records, cache)
+        return iter_rows(tokenizer, map(self.sample, records), supervise=self.spec.data.supervise, renderer=renderer, cache=cache)
+
+    def _rows_on_disk(self, stream: RecordStream) -> RowStore:
         spec = self.spec.data
-        making = Making(self.base.tokenizer, self.start.renderer, self.sample, repr(self.task), spec.supervise, limit, spec.overlong)
+        mark = [repr(self.task), spec.supervise, objective_of(self.spec).reads_labels, self.labels, self.base.kind]
+        making = Making(self.base.tokenizer, self.start.renderer, self.made, json.dumps(mark), self.limit, spec.overlong)
         store = stored_rows(stream, making, cache_dir() / "streams", self.reporter)
         self._say_rows(len(store), store.tokens, store.supervised_tokens, store.facts["lengths"], store.facts["notes"])
         return store
@@ -88,7 +108,7 @@ class Job:
 
     def _say_rows(self, rows: int, tokens: int, supervised: int, lengths: str, notes: Mapping[str, int]) -> None:
         counts = [f"{len(part):,} {name}" for name, part in (("dev", self.splits.dev), ("test", self.splits.test)) if part]
-        share = f"supervised {supervised / tokens:.1%} of {tokens:,} tokens"
+        share = f"supervised {supervised / tokens:.1%} of {tokens:,} tokens" if supervised else f"{tokens:,} tokens"
         self.reporter.line("data", " · ".join([f"{rows:,} train", *counts, share]))
         for note in [*([lengths] if lengths else []), *(f"{note} ({count} rows)" for note, count in notes.items())]:
             self.reporter.line("", note)
@@ -97,8 +117,13 @@ class Job:
     def judge_dev(self, model: Model) -> Mapping[str, float]:
         """The task's metric on the dev samples, asked as in training."""
         records = take(self.splits.dev, self.spec.train.dev_questions, self.spec.train.seed)
-        found = evaluate(System("dev", model, zero_shot(self.task)), self.task, records)
-        return {self.metric_name: found.score}
+        processes = current()
+        records = records[processes.rank :: processes.count]
+        score = evaluate(System("dev", model, zero_shot(self.task)), self.task, records).score if records else 0.0
+        if not processes.several:
+            return {self.metric_name: score}
+        total, count = processes.sum([score * len(records), len(records)])
+        return {self.metric_name: total / count}
 
     @property
     def metric_name(self) -> str:
@@ -111,7 +136,9 @@ def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model 
     reporter = reporter or Quiet()
     splits = load_splits(spec.data, reporter)
     start = base if isinstance(base, Model) else Model(base) if base is not None else load_start(spec, reporter)
-    job = Job(spec, start, splits, make_task(spec.task, splits.witnesses or splits.train), reporter, notes=[*splits.notes])
+    witnesses = splits.witnesses or splits.train
+    job = Job(spec, start, splits, make_task(spec.task, witnesses), reporter, notes=[*splits.notes])
+    check_objective(spec, start, job.task, witnesses)
     for part in (splits.dev, splits.test):
         if any(record.shape != "text" for record in part):
             job.task.check(part)
@@ -121,6 +148,7 @@ def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model 
 def load_start(spec: Spec, reporter: Reporter | None = None) -> Model:
     """The spec's base: a model, or a finished run with its adapters on."""
     reporter = reporter or Quiet()
+    dtype, device, reason = _place(spec)
     if is_run(spec.base.model):
         told = spec.base.model_dump(exclude={"model", "dtype", "device"}, exclude_defaults=True)
         if told:
@@ -129,10 +157,11 @@ def load_start(spec: Spec, reporter: Reporter | None = None) -> Model:
                 where="base",
                 hints=["Leave it out, or start from the model itself."],
             )
-        start = open_run(spec.base.model, dtype=spec.base.dtype, device=spec.base.device)
+        start = open_run(spec.base.model, dtype=dtype, device=device)
         reporter.line("base", f"{start.base.describe()} · as {spec.base.model} left it")
         return start
-    base = load_base(**spec.base.model_dump(exclude={"model"}), source=spec.base.model)
+    base = load_base(**spec.base.model_dump(exclude={"model", "dtype", "device"}), source=spec.base.model, dtype=dtype, device=device)
+    base.dtype_reason = reason or base.dtype_reason
     reporter.line("base", base.describe())
     for decision in base.decisions:
         if not decision.startswith("dtype"):
@@ -141,6 +170,18 @@ def load_start(spec: Spec, reporter: Reporter | None = None) -> Model:
     if not start.forward.packed:
         reporter.line("", f"rows are padded, not packed: {start.forward.why}")
     return start
+
+
+def _place(spec: Spec) -> tuple[str, str, str]:
+    """dtype and device of the base, and why this dtype if that is known here. All processes take what the first one's
+    matrix test shows, each on a device of its own."""
+    processes = current()
+    if not processes.several:
+        return spec.base.dtype, spec.base.device, ""
+    device = str(processes.device)
+    found = pick_dtype(pick_device(device), spec.base.dtype) if processes.first else None
+    dtype, reason = processes.told([str(found[0]).removeprefix("torch."), found[1]] if found else None)
+    return dtype, device, reason
 
 
 def trainable_model(job: Job) -> Model:
@@ -152,6 +193,7 @@ def trainable_model(job: Job) -> Model:
         model = job.start
     else:
         model = attach_to(job.start, spec.adapter, keep_original=job.keep_base, seed=spec.train.seed)
+    give_head(job, model)
     share = model.trainable() / model.base.parameters
     job.reporter.line("adapter", f"{model.adapter.expression} · trainable {model.trainable():,} ({share:.2%})")
     return model
@@ -165,6 +207,7 @@ def environment(base: Base) -> dict[str, Any]:
         "versions": {name: _version(name) for name in names},
         "hardware": hardware(),
         "threads": torch.get_num_threads(),
+        "processes": current().count,
         "dtype": str(base.dtype).removeprefix("torch."),
         "dtype_reason": base.dtype_reason,
         "device": str(base.device),
@@ -179,6 +222,6 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def run_folder(spec: Spec, root: Path | None = None) -> RunFolder:
-    """Where the run of this spec lives: runs/NAME."""
-    return RunFolder((root or Path("runs")) / (spec.name or "run"), keep=spec.train.keep)
+def run_folder(spec: Spec, root: Path | None = None, processes: Processes = ALONE) -> RunFolder:
+    """Where the run of this spec lives: runs/NAME. processes: that use it together."""
+    return RunFolder((root or Path("runs")) / (spec.name or "run"), keep=spec.train.keep, processes=processes)

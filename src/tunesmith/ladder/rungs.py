@@ -88,16 +88,26 @@ def _chain_of_thought(job: Job, folder: Path, *, shots: int = 6, seed: int = 0) 
 
 @rung("sft")
 def _sft(job: Job, folder: Path) -> Rung:
-    """The spec's adapter, trained on the training samples, asked as in zero-shot."""
+    """The spec's adapter, trained on the answers of the training samples, asked as in zero-shot."""
+    return _fine_tuned(job, folder, "asked as in zero-shot")
+
+
+@rung("classify")
+def _classify(job: Job, folder: Path) -> Rung:
+    """The spec's adapter with a task head, trained on the labels of the training samples; the head answers."""
+    return _fine_tuned(job, folder, "its task head answers")
+
+
+def _fine_tuned(job: Job, folder: Path, how: str) -> Rung:
     run = _trained(job, folder / TRAINED)
     adapter = run.model.adapter.expression
     name = adapter.split("(")[0]
-    said = f"{adapter}, trained on {len(job.rows):,} samples; asked as in zero-shot."
+    said = f"{adapter}, trained on {len(job.rows):,} samples; {how}."
     settings = {"adapter": adapter, "steps": run.result["steps"], "learning_rate": run.result["learning_rate"]}
     return Rung(name, f"{_TITLES.get(name, name)} fine-tuning", said, System(name, run.model, zero_shot(job.task)), settings, run)
 
 
-_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "full": "Full", "layers": "Last-layers", "modules": "Chosen-modules"}
+_TITLES = {"lora": "LoRA", "rslora": "rsLoRA", "full": "Full", "layers": "Last-layers", "modules": "Chosen-modules", "head": "Head-only"}
 
 
 def _trained(job: Job, path: Path) -> Run:

@@ -23,10 +23,11 @@ from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.progress import Reporter
 from tunesmith.core.record import Record
 from tunesmith.core.registry import parse_calls
+from tunesmith.core.row import Row
 from tunesmith.data import BadRows, SelectionReport, check_leaks
 from tunesmith.data.lengths import Limit
-from tunesmith.data.rendering import Renderer, Supervise
-from tunesmith.data.rows import CHUNK, iter_rows, notes_of
+from tunesmith.data.rendering import Renderer
+from tunesmith.data.rows import CHUNK, notes_of
 from tunesmith.data.rowstore import RowStore, write_store
 from tunesmith.data.select import Sieve
 from tunesmith.data.survey import Places, Survey
@@ -196,19 +197,18 @@ def _at(spec: DataSpec, places: Places) -> list[Record]:
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """How rows are made. sample: the record as training sees it; mark: all that `sample` depends on besides the record."""
+    """How rows are made. make: records to rows; mark: all that `make` depends on besides them and the renderer."""
 
     tokenizer: Any
     renderer: Renderer
-    sample: Callable[[Record], Record]
+    make: Callable[[Iterable[Record]], Iterator[Row]]
     mark: str
-    supervise: Supervise
     max_tokens: int
     overlong: Overlong
 
     def key(self, stream: RecordStream) -> str:
         """Content hash of all that the rows depend on."""
-        parts = [stream.key(), self.renderer.fingerprint(), self.mark, self.supervise, self.max_tokens, self.overlong]
+        parts = [stream.key(), self.renderer.fingerprint(), self.mark, self.max_tokens, self.overlong]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
@@ -225,8 +225,8 @@ def stored_rows(stream: RecordStream, making: Making, parent: Path, reporter: Re
         return store
     with write_store(parent, key) as writer:
         limit, notes, done = Limit(making.max_tokens, making.overlong, making.tokenizer), Counter[str](), 0
-        given = _Counted(map(making.sample, stream))
-        rows = iter_rows(making.tokenizer, given, supervise=making.supervise, renderer=making.renderer)
+        given = _Counted(stream)
+        rows = making.make(given)
         with reporter.work("rows", len(stream)) as work:
             while chunk := list(islice(rows, CHUNK)):
                 kept = limit.part(chunk)

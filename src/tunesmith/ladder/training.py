@@ -12,11 +12,13 @@ import torch
 
 from tunesmith.bases.memory import PeakMemory
 from tunesmith.core.errors import SpecError
-from tunesmith.core.progress import Reporter
+from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.engine.model import Model
+from tunesmith.engine.processes import Processes, start
 from tunesmith.engine.rundir import RunFolder, read_metrics
 from tunesmith.engine.runs import ADAPTER, open_run, save_run
 from tunesmith.engine.train import DevMetric, Trainer
+from tunesmith.ladder.heads import give_head
 from tunesmith.ladder.job import Job, environment, prepare, run_folder, trainable_model
 from tunesmith.spec import Spec
 
@@ -46,7 +48,9 @@ def train(spec: Spec, *, resume: bool = False, overwrite: bool = False, reporter
     resume: go on where the folder's run was stopped (its own spec is used; a finished run is returned as it is).
     Raises TunesmithError subclasses for everything a user can mend.
     """
-    with run_folder(spec, root) as folder:
+    processes = start(spec.base.device, spec.train.timeout)
+    reporter = _speaker(reporter, processes)
+    with run_folder(spec, root, processes) as folder:
         if overwrite and not resume:
             folder.clear()
         if resume and folder.started:
@@ -60,9 +64,14 @@ def train(spec: Spec, *, resume: bool = False, overwrite: bool = False, reporter
         return train_job(prepare(spec, reporter=reporter), folder)
 
 
+_OF_THE_MACHINES = ("sharding", "timeout")
+"""Keys of `train` that say how processes work together, and may differ where a run goes on."""
+
+
 def _resumed_spec(spec: Spec, folder: RunFolder) -> Spec:
     """The spec the run was begun with, on the dtype and threads it was begun with; a different one is refused."""
     begun, facts = folder.spec(), folder.environment()
+    begun.train = begun.train.model_copy(update={key: getattr(spec.train, key) for key in _OF_THE_MACHINES})
     given, kept = spec.model_dump(), begun.model_dump()
     changed = [key for key in kept if given[key] != kept[key] and key != "name"]
     if changed:
@@ -71,7 +80,8 @@ def _resumed_spec(spec: Spec, folder: RunFolder) -> Spec:
             where=str(folder.path),
             hints=["Resume with the spec it was begun with, or give the changed one another name:  name=NAME"],
         )
-    torch.set_num_threads(facts["threads"])
+    if facts.get("processes", 1) == folder.processes.count:
+        torch.set_num_threads(facts["threads"])
     return on_dtype_of(begun, facts)
 
 
@@ -88,14 +98,19 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     resume_hint: what to type to go on after an interruption, where it is not `tunesmith train`.
     """
     rows = job.rows
-    model = model or trainable_model(job)
+    if model is None:
+        model = trainable_model(job)
+    else:
+        give_head(job, model)
     if not folder.started:
         folder.begin(job.spec, environment(job.base))
+    _say_processes(job, folder.processes)
     began = time.perf_counter()
     with PeakMemory() as memory:
         trainer = Trainer(model, rows, job.spec, folder, dev=_dev(job, model), reporter=job.reporter, resume_hint=resume_hint)
         state = trainer.run(resume=True)
-    save_run(model, folder.path)
+    if folder.processes.first:
+        save_run(model, folder.path)
     result = {
         "steps": state.step,
         "planned_steps": trainer.total,
@@ -104,7 +119,8 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
         "train_seconds": round(state.train_seconds, 3),
         "dev_seconds": round(state.dev_seconds, 3),
         "wall_seconds": round(time.perf_counter() - began, 3),
-        "peak_memory_mb": round(memory.gpu_mb or memory.mb, 1),
+        "processes": folder.processes.count,
+        "peak_memory_mb": round(folder.processes.largest(memory.gpu_mb or memory.mb), 1),
         "trainable_parameters": model.trainable(),
         "tokens": state.tokens,
         "supervised_tokens": state.supervised,
@@ -116,6 +132,19 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     best = f" · best dev {job.metric_name} {state.best:.3f} at step {state.best_step}" if state.best is not None else ""
     job.reporter.line("done", f"{state.step} steps in {state.train_seconds:.0f} s{best} · {folder.path / ADAPTER}")
     return Run(folder.path, model, result)
+
+
+def _speaker(reporter: Reporter | None, processes: Processes) -> Reporter | None:
+    """The first process speaks for all."""
+    return reporter if processes.first else Quiet()
+
+
+def _say_processes(job: Job, processes: Processes) -> None:
+    if processes.several:
+        holds = "each holds a piece of the base's blocks" if job.spec.train.sharding == "fsdp" else "each holds the whole base"
+        job.reporter.line("processes", f"{processes.count} on {job.base.device.type}; {holds}")
+    elif job.spec.train.sharding != "none":
+        job.reporter.line("processes", "one, which holds the whole base: train.sharding is for several")
 
 
 def _dev(job: Job, model: Model) -> DevMetric | None:

@@ -1,0 +1,106 @@
+"""What a task head says of a pack: the states of the base, pooled as the head reads them, through the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tunesmith.adapters import TaskHead
+from tunesmith.core.row import Row
+from tunesmith.engine.forward import Forward
+from tunesmith.engine.pack import Pack
+
+
+@dataclass(slots=True)
+class Said:
+    """logits: what the head says wherever it is asked, [reads, outputs], in the pack's order. labels: what it shall say, [reads]."""
+
+    logits: Tensor
+    labels: Tensor
+
+
+def read_task_head(forward: Forward, pack: Pack, head: TaskHead) -> Said:
+    """The head's answers at every labelled token of a pack, with gradient to the head and to what the base trains.
+
+    Where nothing of the base is trained, no graph of it is kept and no backward enters it.
+    """
+    places, labels = _asked(pack)
+    logits = head(_pooled(forward, pack, places, head.way.pool))
+    return Said(logits, torch.from_numpy(labels).to(logits.device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A labelled token: its flat index in the pack, and those of all tokens on the path of its segment."""
+
+    at: int
+    path: np.ndarray
+
+
+def _asked(pack: Pack) -> tuple[list[_Place], np.ndarray]:
+    """Every labelled token of the pack, and its label, [reads]."""
+    places, labels = [], []
+    for row, index, own, above in zip(pack.segment_row, pack.segment_index, pack.own, pack.above, strict=True):
+        part = pack.rows[row].segments[index]
+        if part.labels is None:
+            continue
+        path = np.concatenate([above, own])
+        for at in part.asked:
+            places.append(_Place(int(own[at]), path))
+            labels.append(part.labels[at])
+    return places, np.asarray(labels, np.float32)
+
+
+def _pooled(forward: Forward, pack: Pack, places: Sequence[_Place], pool: str) -> Tensor:
+    """What the head reads at each place, [reads, width]."""
+    if pool == "mean":
+        return _means(forward, pack, [place.path for place in places])
+    at = torch.tensor([place.at if pool == "last" else place.path[0] for place in places], dtype=torch.long)
+    states = forward.states(pack, at)
+    if pool == "pooler":
+        pooler: Any = forward.model.base_model.pooler
+        pooled: Tensor = pooler(states[:, None])  # it takes the first of each row's tokens
+        return pooled
+    return states
+
+
+def _means(forward: Forward, pack: Pack, paths: Sequence[np.ndarray]) -> Tensor:
+    """The mean state of each path, summed in fp32 at least, [paths, width]."""
+    lengths = torch.tensor([len(path) for path in paths])
+    at = torch.from_numpy(np.concatenate(paths) if paths else np.zeros(0, np.int64))
+    states = forward.states(pack, at)
+    owner = torch.repeat_interleave(torch.arange(len(paths)), lengths).to(states.device)
+    wide = states if states.dtype == torch.float64 else states.float()
+    sums = wide.new_zeros(len(paths), wide.shape[1]).index_add(0, owner, wide)
+    return sums / lengths.to(states.device)[:, None]
+
+
+def task_logits(forward: Forward, head: TaskHead, rows: Sequence[Row], budget: int) -> Iterator[tuple[list[int], Tensor]]:
+    """The head's answers to many rows without gradient, pack by pack: places of the rows, and logits [rows, outputs].
+
+    Every row is asked once, at its last token. Rows of one length lie together, so that little is padded within a pack.
+    """
+    order = sorted(range(len(rows)), key=lambda index: rows[index].tokens)
+    for chosen in _filled([rows[index].tokens for index in order], budget):
+        places = [order[at] for at in chosen]
+        with torch.no_grad():
+            yield places, read_task_head(forward, forward.pack([rows[index] for index in places]), head).logits
+
+
+def _filled(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Consecutive places whose sizes come to at most the budget together; one alone may be more."""
+    chosen: list[int] = []
+    total = 0
+    for place, size in enumerate(sizes):
+        if chosen and total + size > budget:
+            yield chosen
+            chosen, total = [], 0
+        chosen.append(place)
+        total += size
+    if chosen:
+        yield chosen

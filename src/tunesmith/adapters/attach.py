@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tunesmith.adapters.forms import Form, TokenRows
 from tunesmith.adapters.heads import TaskHead, Way, put_head, remove_head
+from tunesmith.adapters.hooks import join, refresh_forms
 from tunesmith.adapters.methods import Plan, plan
-from tunesmith.adapters.sites import select
+from tunesmith.adapters.sites import Site, select
 from tunesmith.adapters.virtual import Encode, VirtualTokens, join_tokens, refresh_tokens, remove_tokens
 from tunesmith.adapters.words import attach_words, refresh, remove_words
 from tunesmith.core.errors import AdapterError
@@ -28,7 +29,7 @@ class Adapter:
     name: unique on its base. expression: as written. forms: module path -> form; where several listen at one module, the others
     under the path with ~ and their method. trained: path -> parameter of the
     base trained in place. rows: module path -> vectors of new words. head: None until its labels are known (`give_head`).
-    virtual: method -> tokens of its own that stand among those of a text.
+    virtual: method -> tokens of its own that stand among those of a text. finished: name -> expression of adapters that it joins.
     """
 
     def __init__(self, model: nn.Module, expression: str, name: str = "default") -> None:
@@ -38,7 +39,9 @@ class Adapter:
         self.trained: dict[str, nn.Parameter] = {}
         self.rows: dict[str, TokenRows] = {}
         self.head: TaskHead | None = None
+        self.finished: dict[str, str] = {}
         self.virtual: dict[str, VirtualTokens] = {}
+        self.merged: frozenset[str] = frozenset()  # paths of the base's parameters that hold it
         self._active = True
         self._kept: dict[str, Tensor] = {}  # what in-place training overwrote; while switched off, what it learned
 
@@ -102,6 +105,23 @@ class Adapter:
     def memory(self) -> dict[str, Tensor]:
         """What the forms remember besides their parameters, by name: resuming needs it. The tensors themselves."""
         return {f"{path}.{name}": buffer for path, form in self.forms.items() for name, buffer in form.named_buffers()}
+
+    def begin(self, step: int, total: int, seed: int) -> None:
+        """Tell the forms that a step, counted from 0, of a run with this seed begins."""
+        for form in self.forms.values():
+            form.begin(step, total, seed)
+
+    def drop(self, layers: int) -> None:
+        """Do without the forms of so many lowest layers from now on (AdapterDrop, Rücklé et al. 2021 · 2010.11918); 0 for none.
+
+        Raises AdapterError where no form would be left.
+        """
+        top = max((form.layer for form in self.forms.values()), default=-1)
+        if not 0 <= layers <= max(top, 0):
+            raise AdapterError(f"'{self.expression}' cannot drop {layers} layers: its forms reach up to layer {top}.")
+        for path, form in self.forms.items():
+            form.left_out = 0 <= form.layer < layers
+            refresh_forms(self.model.get_submodule(module_path(path)))
 
     def graded(self, step: int, total: int) -> None:
         """Tell the forms that a step's gradients are whole, before the update. step: counted from 1."""
@@ -167,6 +187,32 @@ class Adapter:
         """Values by name, detached, contiguous copies."""
         return {name: parameter.detach().clone().contiguous() for name, parameter in self.named_parameters()}
 
+    def take_in(self, written: Mapping[str, Tensor], *, keep_original: bool) -> None:
+        """Put merged values into the base's parameters, by path; forms and rows rest from here on (see `merging`)."""
+        self._switch(False)
+        self.merged = frozenset(written)
+        self._kept |= written
+        self._switch(True)
+        if not keep_original:
+            for path in written:
+                del self._kept[path]
+
+    def give_out(self) -> None:
+        """Undo `take_in`. Raises AdapterError where nothing was merged, or what it overwrote was not kept."""
+        if not self.merged:
+            raise AdapterError(f"'{self.expression}' is not merged.")
+        self._switch(False)
+        for path in self.merged:
+            del self._kept[path]
+        self.merged = frozenset()
+        self._switch(True)
+
+    def originals(self) -> dict[str, Tensor]:
+        """What in-place training overwrote, by path. Raises AdapterError where it was not kept."""
+        if missing := self.trained.keys() - self._kept.keys():
+            raise AdapterError(f"'{self.expression}' was attached without keeping what it changes, first '{min(missing)}'.")
+        return {path: self._kept[path] for path in self.trained}
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base without this adapter, for a while. May be nested. Raises AdapterError where the base's weights were not kept."""
@@ -185,28 +231,29 @@ class Adapter:
     def _switch(self, active: bool) -> None:
         if active == self._active:
             return
-        if self.trained and not self._kept:
+        if (self.trained or self.merged) and not self._kept:
             raise AdapterError(
-                f"'{self.expression}' was attached without keeping the weights that it trains, so the base is not to be had back.",
-                hints=["Load the base again, or attach with keep_original=True."],
+                f"'{self.expression}' was attached or merged without keeping the weights that it changes: the base is not to be had back.",
+                hints=["Load the base again, or attach or merge with keep_original=True."],
             )
         self._active = active
         for path, form in self.forms.items():
-            form.active = active
+            form.active = active and (form.writes or not self.merged)
             form.settle()
-            _refresh_forms(self.model.get_submodule(module_path(path)))
-        for name, parameter in self.trained.items():
+            refresh_forms(self.model.get_submodule(module_path(path)))
+        for name in (*self.trained, *self.merged):
+            parameter = self.model.get_parameter(name)
             before = parameter.detach()
             parameter.data, self._kept[name] = self._kept[name], before
+        for rows in self.rows.values():
+            rows.active = active and not self.merged
         if self.rows:
-            for rows in self.rows.values():
-                rows.active = active
             refresh(self.model)
         for tokens in self.virtual.values():
             tokens.active = active
             for path, given in tokens.forms.items():
                 given.active = active
-                _refresh_forms(self.model.get_submodule(path))
+                refresh_forms(self.model.get_submodule(path))
             refresh_tokens(self.model)
 
     def _remove(self) -> None:
@@ -214,14 +261,14 @@ class Adapter:
             module: Any = self.model.get_submodule(module_path(path))
             for key in [key for key in module.ts_forms if key.split("~")[0] == self.name]:
                 del module.ts_forms[key]
-            _refresh_forms(module)
+            refresh_forms(module)
         for method, tokens in self.virtual.items():
             remove_tokens(self.model, f"{self.name}~{method}")
             for path in tokens.forms:
                 site: Any = self.model.get_submodule(path)
                 if f"{self.name}~{method}" in getattr(site, "ts_forms", ()):
                     del site.ts_forms[f"{self.name}~{method}"]
-                    _refresh_forms(site)
+                    refresh_forms(site)
         if self.rows:
             remove_words(self.model, self.name)
         if self.head is not None:
@@ -229,6 +276,7 @@ class Adapter:
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
         self.forms, self.trained, self.rows, self.virtual, self._kept, self.head = {}, {}, {}, {}, {}, None
+        self.merged = frozenset()
 
 
 def _take(own: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
@@ -249,12 +297,15 @@ def attach(
     keep_original: bool = True,
     seed: int = 0,
     encode: Encode | None = None,
+    fingerprint: str | None = None,
+    finished: Mapping[str, str] | None = None,
 ) -> Adapter:
     """Attach an adapter by its expression, for example "lora(rank=16, sites=[q, v])".
 
     new_words: ids of words whose vectors are trained too (those that were added to the vocabulary for a task).
     keep_original: keep what in-place methods overwrite, so that `detach` works (costs a copy of those weights).
-    seed: of the initial values. encode: text to token ids, for methods that begin with words.
+    seed: of the initial values. encode: text to token ids, for methods that begin with words. fingerprint: of the base, for methods
+    that join finished adapters. finished: expressions of these, by name, where their values are to be restored and not read.
     Raises AdapterError where the model cannot carry it, and then leaves it as it was.
     """
     if not name or "." in name:
@@ -264,6 +315,9 @@ def attach(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for part in adapter.plans:
+                if part.resolve is not None:
+                    part = part.resolve(finished, fingerprint)
+                    adapter.finished |= part.finished
                 if part.make is not None:
                     _listen(adapter, part)
                 elif part.pick is not None:
@@ -287,11 +341,14 @@ def module_path(path: str) -> str:
 
 def _listen(adapter: Adapter, part: Plan) -> None:
     peers: list[Form] = []
-    for site in select(adapter.model, part.sites, part.layers):
+    for site in select(adapter.model, part.sites, part.layers, sublayers=part.sublayers):
+        if 0 <= site.layer < part.lowest:
+            continue
         path, key = site.path, adapter.name
         if path in adapter.forms:
             path, key = f"{path}~{part.method}", f"{key}~{part.method}"
-        if path in adapter.forms or (part.alone and path != site.path):
+        beside = adapter.forms.get(site.path)
+        if path in adapter.forms or (part.alone and beside is not None and not beside.last):
             raise AdapterError(
                 f"two parts of '{adapter.expression}' listen at the same site {site.path}.", hints=["Give one of them other sites."]
             )
@@ -302,13 +359,26 @@ def _listen(adapter: Adapter, part: Plan) -> None:
                 hints=["Nearest that works here:  lora(sites=[head])", "Or train it whole:  modules(names=[lm_head])"],
             )
         form = part.make(site).to(next(adapter.model.parameters()).device).eval()
-        _join(site.module, key, form)
+        form.layer = site.layer
+        join(site.module, key, form)
         adapter.forms[path] = form
         peers.append(form)
+        _listen_before(adapter, part, site, form)
     for form in peers:
         form.joined(peers)
     if not adapter.forms:
         raise AdapterError(f"'{adapter.expression}' selects no site of this model.")
+
+
+def _listen_before(adapter: Adapter, part: Plan, site: Site, form: Form) -> None:
+    """Join the form that reads a sub-layer's input for one that listens at its end, if that one needs it."""
+    listener = form.listener() if site.source else None
+    if listener is None:
+        return
+    suffix = f"~{part.method}~{site.name}"
+    listener.layer = site.layer
+    join(adapter.model.get_submodule(site.source), adapter.name + suffix, listener)
+    adapter.forms[site.source + suffix] = listener
 
 
 def _stand(adapter: Adapter, part: Plan, encode: Encode | None) -> None:
@@ -316,56 +386,15 @@ def _stand(adapter: Adapter, part: Plan, encode: Encode | None) -> None:
     assert part.make_tokens is not None
     if part.method in adapter.virtual:
         raise AdapterError(f"'{adapter.expression}' names {part.method} twice.", hints=["Give one of them all the tokens."])
+    context = getattr(getattr(adapter.model, "config", None), "max_position_embeddings", None)
+    if context and part.tokens >= context:
+        raise AdapterError(f"{part.method}: {part.tokens} virtual tokens leave no room for a text in a context of {context}.")
     key = f"{adapter.name}~{part.method}"
     tokens = part.make_tokens(adapter.model, encode).to(next(adapter.model.parameters()).device).eval()
     join_tokens(adapter.model, key, tokens)
     adapter.virtual[part.method] = tokens
     for path, form in tokens.forms.items():
-        _join(adapter.model.get_submodule(path), key, form.to(tokens.table.device))
-
-
-def _join(module: Any, key: str, form: Form) -> None:
-    """Make a form a submodule of its site, which calls whatever is switched on through the shared hooks."""
-    if not hasattr(module, "ts_forms"):
-        module.ts_forms = nn.ModuleDict()
-        module.register_forward_pre_hook(_enter, with_kwargs=True)
-        module.register_forward_hook(_leave, with_kwargs=True)
-    if key in module.ts_forms:
-        raise AdapterError(f"an adapter named '{key}' is attached already.", hints=["Detach it first, or give another name."])
-    module.ts_forms[key] = form
-    _refresh_forms(module)
-
-
-def _refresh_forms(module: Any) -> None:
-    """Which forms listen at a site: those switched on, in the order in which they were attached, those that are `last` last."""
-    active = sorted((form for form in module.ts_forms.values() if form.active), key=lambda form: form.last)
-    module.ts_before = tuple(form for form in active if form.before)
-    module.ts_active = tuple(form for form in active if not form.before)
-
-
-def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The one hook before a site: whatever is active there changes what enters it."""
-    if not module.ts_before:
-        return None
-    x, args, kwargs = (args[0], args[1:], kwargs) if args else (kwargs[_INPUT], (), {k: v for k, v in kwargs.items() if k != _INPUT})
-    for form in module.ts_before:
-        x = form.enter(x)
-    return (x, *args), kwargs
-
-
-def _leave(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-    """The one hook after a site: whatever is active there changes what leaves it, the first thing where there are several."""
-    if not module.ts_active:
-        return out
-    x = args[0] if args else kwargs[_INPUT]
-    first = out[0] if isinstance(out, tuple) else out
-    for form in module.ts_active:
-        first = form.leave(first, x)
-    return (first, *out[1:]) if isinstance(out, tuple) else first
-
-
-_INPUT = "hidden_states"
-"""What transformers calls the input of its attention and feed-forward modules, where it is passed by name."""
+        join(adapter.model.get_submodule(path), key, form.to(tokens.table.device))
 
 
 def _in_place(adapter: Adapter, part: Plan) -> None:

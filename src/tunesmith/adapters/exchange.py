@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from tunesmith.adapters import tokenfiles
 from tunesmith.adapters.adalora import Triplets
 from tunesmith.adapters.attach import Adapter
 from tunesmith.adapters.forms import Form, LowRank
@@ -40,16 +41,22 @@ class Exchange:
     config: Callable[[Adapter, str], dict[str, Any]]
     expression: Callable[[Config, Tensors], str]
     state: Callable[[Adapter, Tensors, Config], dict[str, Tensor]]
+    bare: bool = False  # keys stand alone, with no model before them
 
 
 def exchange_for(adapter: Adapter) -> Exchange | None:
-    """How PEFT writes an adapter; None where PEFT has no format for it."""
-    return next((each for each in EXCHANGES.values() if _at_sites_alone(adapter) and each.fits(adapter)), None)
+    """How PEFT writes it; None where PEFT has no format: for what trains the base in place, a head alone, and most forms.
+
+    Vectors of new words it has beside LoRA alone.
+    """
+    found = next((each for each in EXCHANGES.values() if (each.bare or _at_sites_alone(adapter)) and each.fits(adapter)), None)
+    return None if adapter.rows and found is not None and found.peft_type != "LORA" else found
 
 
 def _at_sites_alone(adapter: Adapter) -> bool:
     """Are its forms, one a module, all that there is besides rows for new words and a head?"""
-    return bool(adapter.forms) and not any("~" in path for path in adapter.forms) and all(p.kind in ("listen", "head") for p in adapter.plans)
+    listens = all(plan.kind in ("listen", "head") for plan in adapter.plans)
+    return listens and bool(adapter.forms) and not any("~" in path for path in adapter.forms)
 
 
 # LoRA, LoRA+, PiSSA, DoRA
@@ -279,7 +286,7 @@ def _fits_ia3(adapter: Adapter) -> bool:
 
 def _ia3_tensors(adapter: Adapter) -> dict[str, Tensor]:
     forms = {path: form for path, form in adapter.forms.items() if isinstance(form, Scaled)}
-    return {f"{path}.ia3_l": form.l.detach()[None] if form.before else form.l.detach()[:, None] for path, form in forms.items()}
+    return {f"{path}.ia3_l": form.scale.detach()[None] if form.before else form.scale.detach()[:, None] for path, form in forms.items()}
 
 
 def _ia3_config(adapter: Adapter, outer: str) -> dict[str, Any]:
@@ -296,7 +303,7 @@ def _ia3_expression(config: Config, tensors: Tensors) -> str:
 
 
 def _ia3_state(adapter: Adapter, tensors: Tensors, config: Config) -> dict[str, Tensor]:
-    return {name: value.flatten() for name, value in renamed(tensors, {".ia3_l": "l"}).items()}
+    return {name: value.flatten() for name, value in renamed(tensors, {".ia3_l": "scale"}).items()}
 
 
 EXCHANGES: dict[str, Exchange] = {
@@ -304,6 +311,10 @@ EXCHANGES: dict[str, Exchange] = {
     "ADALORA": Exchange("ADALORA", _fits_adalora, _adalora_tensors, _adalora_config, _adalora_expression, _adalora_state),
     "IA3": Exchange("IA3", _fits_ia3, _ia3_tensors, _ia3_config, _ia3_expression, _ia3_state),
 }
+for _name, _kind in tokenfiles.KINDS.items():
+    EXCHANGES[_name] = Exchange(
+        _name, tokenfiles.fits(_kind), tokenfiles.tensors, tokenfiles.config, tokenfiles.expression, tokenfiles.state, bare=True
+    )
 
 
 def fan_in_fan_out(adapter: Adapter) -> bool:

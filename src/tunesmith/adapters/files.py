@@ -1,4 +1,4 @@
-"""Adapter files: LoRA in PEFT's own format, both ways; in-place methods as the tensors that they changed.
+"""Adapter files: in PEFT's own format, both ways, where PEFT has the method; others as the tensors that they trained.
 
 A saved adapter is a folder: `adapter_config.json` + `adapter_model.safetensors` as the `peft` library writes them (names
 never in keys, prefix `base_model.model.`), and beside them `tunesmith.json` with what PEFT has no place for. A task head is
@@ -8,7 +8,6 @@ stored as PEFT stores that of transformers' ...ForSequenceClassification models.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -19,23 +18,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tunesmith.adapters.attach import Adapter, attach
-from tunesmith.adapters.forms import LowRank
+from tunesmith.adapters.exchange import EXCHANGES, Exchange, exchange_for, fan_in_fan_out
 from tunesmith.adapters.heads import Pool, TaskHead, Way, states_width
 from tunesmith.core.errors import AdapterError
 
 WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "tunesmith.json"
+OWN = "tunesmith.safetensors"
+"""What was trained, where PEFT keeps only what came of it."""
 _PREFIX = "base_model.model."
 _FORMAT = 1
+_ROWS = ".token_adapter.trainable_tokens_delta"
 
 
 def save_adapter(adapter: Adapter, folder: Path, *, base: str, fingerprint: str) -> None:
     """Write the adapter's folder (which must exist). base, fingerprint: what it belongs to."""
-    own = _own_format(adapter)
-    tensors = _own_tensors(adapter) if own else _peft_tensors(adapter)
+    kind = exchange_for(adapter)
+    tensors = adapter.stored() if kind is None else _peft_tensors(adapter, kind)
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    if not own:
-        (folder / CONFIG).write_text(json.dumps(_peft_config(adapter, base), indent=2, sort_keys=True) + "\n")
+    if kind is not None and kind.bare and len(adapter.stored()) > 1:
+        save_file({name: value.cpu().contiguous() for name, value in adapter.stored().items()}, folder / OWN, metadata={"format": "pt"})
+    if kind is not None:
+        (folder / CONFIG).write_text(json.dumps(_peft_config(adapter, kind, base), indent=2, sort_keys=True) + "\n")
     words = next((rows.words.tolist() for rows in adapter.rows.values()), [])
     ours: dict[str, Any] = {
         "format": _FORMAT,
@@ -44,13 +48,15 @@ def save_adapter(adapter: Adapter, folder: Path, *, base: str, fingerprint: str)
         "fingerprint": fingerprint,
         "new_words": words,
     }
+    if adapter.finished:
+        ours["finished"] = adapter.finished
     if adapter.head is not None:
         ours["head"] = {"labels": adapter.head.labels, **asdict(adapter.head.way)}
     (folder / OURS).write_text(json.dumps(ours, indent=2) + "\n")
 
 
 def load_adapter(model: nn.Module, folder: Path, *, fingerprint: str | None = None, name: str = "default") -> Adapter:
-    """Attach a saved adapter: ours, or any plain LoRA that the `peft` library wrote.
+    """Attach a saved adapter: ours, or one that the `peft` library wrote, of the kinds in `exchange`.
 
     fingerprint: of the base it is put on; a different one than it was made for is refused. Raises AdapterError for
     files that are missing, damaged or made for another base, and then leaves the model as it was.
@@ -62,11 +68,17 @@ def load_adapter(model: nn.Module, folder: Path, *, fingerprint: str | None = No
     else:
         config = _json(folder / CONFIG)
         expression, words, head = _expression(config, tensors, folder), _token_indices(config, folder), None
-    adapter = attach(model, expression, name=name, new_words=words)
+    finished = {} if ours is None else _finished(ours, folder)
+    adapter = attach(model, expression, name=name, new_words=words, encode=lambda text: [0], finished=finished)  # values are read below
     try:
         if head is not None:
             _head(adapter, head, folder)
-        state = tensors if _own_format(adapter) else _from_peft(adapter, _without_tables(tensors, model, folder), folder)
+        state = tensors
+        kind = exchange_for(adapter)
+        if ours is not None and kind is not None and kind.bare and (folder / OWN).exists():
+            state = _read(folder / OWN)
+        elif kind is not None:
+            state = _from_peft(adapter, kind, _without_tables(tensors, model, folder), _json(folder / CONFIG), folder)
         if ours is None:  # a table that the file leaves as it is keeps its rows
             state = {f"{path}.rows": rows.rows.detach() for path, rows in adapter.rows.items()} | state
         adapter.restore(state)
@@ -74,6 +86,28 @@ def load_adapter(model: nn.Module, folder: Path, *, fingerprint: str | None = No
         adapter.detach()
         raise AdapterError(cause.what, where=cause.where or str(folder), hints=cause.hints) from None
     return adapter
+
+
+def _finished(ours: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Expressions of the adapters that this one joins, by name."""
+    found = ours.get("finished", {})
+    if not isinstance(found, dict) or not all(isinstance(each, str) for each in (*found, *found.values())):
+        raise AdapterError("the description of the adapters that it joins is damaged.", where=str(folder / OURS))
+    return found
+
+
+def read_finished(run: Path, fingerprint: str | None) -> tuple[str, dict[str, Tensor]]:
+    """Expression and values of the adapter that a finished run left, or of an adapter's own folder, in our format.
+
+    fingerprint: of the base that it is to be used on. Raises AdapterError where there is none, or one of another base.
+    """
+    folder = next((each for each in (run / "adapter", run / "train" / "adapter", run) if (each / WEIGHTS).exists()), None)
+    if folder is None:
+        raise AdapterError("there is no finished adapter here.", where=str(run), hints=["Train it first, to its end."])
+    ours = _ours(folder, fingerprint)
+    if ours is None:
+        raise AdapterError("there is an adapter of the peft library here, which has none of ours to join.", where=str(folder))
+    return ours["expression"], _read(folder / WEIGHTS)
 
 
 def _ours(folder: Path, fingerprint: str | None) -> dict[str, Any] | None:
@@ -106,25 +140,9 @@ def _head(adapter: Adapter, values: dict[str, Any], folder: Path) -> None:
         raise AdapterError(f"the description of the head is damaged: {cause!r}.", where=str(folder / OURS)) from None
 
 
-def _own_format(adapter: Adapter) -> bool:
-    """Has PEFT no format for it? So it is with what trains the base in place, with a head alone, and with most forms."""
-    return adapter.in_place or not adapter.forms or any(type(form) is not LowRank for form in adapter.forms.values())
-
-
-def _own_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    return adapter.stored()
-
-
-def _low_rank(adapter: Adapter) -> dict[str, LowRank]:
-    return {path: form for path, form in adapter.forms.items() if isinstance(form, LowRank)}
-
-
-def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    outer = _PREFIX + _outer(adapter)
-    for path, form in _low_rank(adapter).items():
-        out[f"{outer}{path}.lora_A.weight"] = form.a.detach()
-        out[f"{outer}{path}.lora_B.weight"] = form.b.detach()
+def _peft_tensors(adapter: Adapter, kind: Exchange) -> dict[str, Tensor]:
+    outer = "" if kind.bare else _PREFIX + _outer(adapter)
+    out = {f"{outer}{key}": value for key, value in kind.tensors(adapter).items()}
     for path, rows in adapter.rows.items():
         out[f"{outer}{path}.token_adapter.trainable_tokens_delta"] = rows.rows.detach()
     if adapter.head is not None:
@@ -163,45 +181,37 @@ def _without_tables(tensors: dict[str, Tensor], model: nn.Module, folder: Path) 
     return out
 
 
-def _from_peft(adapter: Adapter, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _from_peft(adapter: Adapter, kind: Exchange, tensors: dict[str, Tensor], config: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     names = {} if adapter.head is None else _head_names(adapter.head)
+    rest: dict[str, Tensor] = {}
     for key, value in tensors.items():
         path = key.removeprefix(_PREFIX)
         if path in names:
             state[names[path]] = value
             continue
         path = path.removeprefix(_outer(adapter))
-        for theirs, ours in ((".lora_A.weight", ".a"), (".lora_B.weight", ".b"), (".token_adapter.trainable_tokens_delta", ".rows")):
-            if path.endswith(theirs):
-                state[path.removesuffix(theirs) + ours] = value
-                break
+        if path.endswith(_ROWS):
+            state[f"{path.removesuffix(_ROWS)}.rows"] = value
         else:
-            raise AdapterError(f"the tensor '{key}' belongs to no method that can be read here.", where=str(folder / WEIGHTS))
-    return state
+            rest[path] = value
+    try:
+        return state | kind.state(adapter, rest, config)
+    except AdapterError as cause:
+        raise AdapterError(cause.what, where=str(folder / WEIGHTS), hints=cause.hints) from None
 
 
-def _peft_config(adapter: Adapter, base: str) -> dict[str, Any]:
+def _peft_config(adapter: Adapter, kind: Exchange, base: str) -> dict[str, Any]:
     outer = _outer(adapter)
-    forms = [(f"{outer}{path}", form) for path, form in _low_rank(adapter).items()]
-    first = forms[0][1]
-    rank_pattern = {path: form.rank for path, form in forms if form.rank != first.rank}
-    alpha_pattern = {path: form.alpha for path, form in forms if form.alpha != first.alpha}
     config: dict[str, Any] = {
-        "peft_type": "LORA",
+        "peft_type": kind.peft_type,
         "base_model_name_or_path": base,
         "task_type": "CAUSAL_LM" if adapter.head is None else "SEQ_CLS",
         "inference_mode": True,
-        "r": first.rank,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
-        "use_rslora": first.stabilised,
-        "bias": "none",
-        "fan_in_fan_out": any(type(adapter.model.get_submodule(path)).__name__ == "Conv1D" for path in adapter.forms),
-        "target_modules": [path for path, _ in forms],
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        **kind.config(adapter, outer),
     }
+    if not kind.bare:
+        config |= {"fan_in_fan_out": fan_in_fan_out(adapter), "target_modules": [f"{outer}{path}" for path in adapter.forms]}
     if adapter.head is not None:
         config["modules_to_save"] = ["classifier" if adapter.head.way.bias else "score"]
     if adapter.rows:
@@ -209,54 +219,16 @@ def _peft_config(adapter: Adapter, base: str) -> dict[str, Any]:
     return config
 
 
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "bias": ("none",),
-    "modules_to_save": (),
-    "lora_bias": (False,),
-    "ensure_weight_tying": (False,),
-    "use_qalora": (False,),
-    "use_bdlora": (),
-    "target_parameters": (),
-    "layer_replication": (),
-    "alora_invocation_tokens": (),
-    "arrow_config": (),
-    "kasa_config": (),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others change the base's weights as well
-}
-"""Options of PEFT's LoRA that change what is computed, with the values that are plain LoRA (beside None and empty)."""
-
-
 def _expression(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> str:
-    """The adapter expression of a LoRA that PEFT wrote: one term for each rank and alpha, with its sites by path."""
-    if config.get("peft_type") != "LORA":
+    """The adapter expression of what PEFT wrote, with its sites by path."""
+    kind = EXCHANGES.get(str(config.get("peft_type")))
+    if kind is None:
         what = f"peft_type {config.get('peft_type')!r} cannot be read."
-        raise AdapterError(what, where=str(folder / CONFIG), hints=["Readable here:  LORA"])
-    for key, plain in _PLAIN.items():
-        value = config.get(key)
-        if value and value not in plain:
-            shown = " or ".join(repr(each) for each in plain) or "null"
-            raise AdapterError(f"{key}={value!r} cannot be read.", where=str(folder / CONFIG), hints=[f"Readable here:  {key}={shown}"])
-    paths = sorted(key.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight"))
-    if not paths:
-        raise AdapterError("no LoRA matrices inside.", where=str(folder / WEIGHTS))
+        raise AdapterError(what, where=str(folder / CONFIG), hints=[f"Readable here:  {', '.join(EXCHANGES)}"])
     try:
-        groups: dict[tuple[int, float], list[str]] = {}
-        for path in paths:
-            rank, alpha = _for_path(config, "r", "rank_pattern", path), _for_path(config, "lora_alpha", "alpha_pattern", path)
-            groups.setdefault((rank, alpha), []).append(path)
-    except (KeyError, TypeError, AttributeError, re.error) as cause:
-        raise AdapterError(f"rank and alpha cannot be read: {cause!r}.", where=str(folder / CONFIG)) from None
-    method, dropout = "rslora" if config.get("use_rslora") else "lora", config.get("lora_dropout") or 0.0
-    return " + ".join(f"{method}(rank={r}, alpha={a}, dropout={dropout}, sites={sites})" for (r, a), sites in groups.items())
-
-
-def _for_path(config: dict[str, Any], key: str, patterns: str, path: str) -> Any:
-    """A setting of one module: PEFT takes the first pattern that matches the end of its path, as a regular expression."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return config[key]
+        return kind.expression(config, {key.removeprefix(_PREFIX): value for key, value in tensors.items()})
+    except AdapterError as cause:
+        raise AdapterError(cause.what, where=str(folder / CONFIG), hints=cause.hints) from None
 
 
 def _token_indices(config: dict[str, Any], folder: Path) -> list[int]:
@@ -285,7 +257,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise AdapterError("there are no adapter weights here.", where=str(path))
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError) as cause:
         what = f"is damaged or no safetensors file: {cause}."
         raise AdapterError(what, where=str(path), hints=["Copy or train the adapter again."]) from None
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise AdapterError(f"'{key}' holds values that are no numbers.", where=str(path), hints=["Train the adapter again."])
+    return tensors

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 class Form(nn.Module):
     """Something trainable that listens at a site of the base.
 
-    active: switched on. before: it changes what enters the site (`enter`), else what leaves it (`leave`). writes: it writes
-    what it learned into the base's own weight, which then holds its delta already. waits: it has to see some of the data
-    before it is trained (`watch`), of so many `samples` of it. kept: names of what `stored` gives, where that is not its parameters. last: it comes after
-    all forms of its site that are not.
+    active: switched on. layer: of its site, -1 outside of blocks. left_out: its layer does without (`Adapter.drop`).
+    before: it changes what enters the site (`enter`), else what leaves it (`leave`). writes: it writes what it learned into
+    the base's own weight, which then holds its delta already. waits: it has to see some of the data before it is trained
+    (`watch`), of so many `samples` of it. kept: names of what `stored` gives, where that is not its parameters. last: it
+    comes after all forms of its site that are not.
     """
 
     before = False
@@ -28,7 +29,8 @@ class Form(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.active = True
+        self.active, self.left_out = True, False
+        self.layer = -1
 
     def enter(self, x: Tensor) -> Tensor:
         """What enters the site instead of x, [..., inputs]."""
@@ -43,7 +45,7 @@ class Form(nn.Module):
         return None
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-        """The affine map (weight [outputs, inputs], bias [outputs]) with this form in it, fp32; None where no such map does what it does."""
+        """The affine map (weight [outputs, inputs], bias [outputs]) with this form in it, fp32; None where no such map does it."""
         change = self.delta()
         return None if change is None else (weight + change, bias)
 
@@ -51,8 +53,15 @@ class Form(nn.Module):
         """What the form adds to the loss in training, a scalar, fp32; None for nothing."""
         return None
 
+    def listener(self) -> Form | None:
+        """A form of its own at the module that the sub-layer's input enters, where it needs one; see `Site.source`."""
+        return None
+
     def joined(self, peers: Sequence[Form]) -> None:
         """Told once all forms of its term are in place. peers: these forms, itself among them, in the order of their sites."""
+
+    def begin(self, step: int, total: int, seed: int) -> None:
+        """Told before the forward of a step, counted from 0, of a run with this seed; by all processes alike."""
 
     def graded(self, step: int, total: int) -> None:
         """Told when the gradients of a step, counted from 1, of `total` are whole, before the update."""

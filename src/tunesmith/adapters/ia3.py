@@ -38,23 +38,23 @@ def ia3(*, sites: Names = ("k", "v", "down"), inputs: Names = ("down",), layers:
 
 
 class Scaled(Form):
-    """y = l * out, or W (l * x) + b where it is `before`. l [outputs] or [inputs], fp32, one at the start."""
+    """y = l * out, or W (l * x) + b where it is `before`. scale: l, [outputs] or [inputs], fp32, one at the start."""
 
     def __init__(self, site: Site, *, entering: bool) -> None:
         super().__init__()
         self.before = entering
-        self.l = nn.Parameter(torch.ones(site.inputs if entering else site.outputs))
+        self.scale = nn.Parameter(torch.ones(site.inputs if entering else site.outputs))
         self.__dict__["module"] = site.module  # not a submodule: it is this form that belongs to it
 
     def enter(self, x: Tensor) -> Tensor:
-        return x * self.l.to(x.dtype)
+        return x * self.scale.to(x.dtype)
 
     def leave(self, out: Tensor, x: Tensor) -> Tensor:
-        return out * self.l.to(out.dtype)
+        return out * self.scale.to(out.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        l = self.l.detach()
-        return (weight * l, bias) if self.before else (weight * l[:, None], None if bias is None else bias * l)
+        scale = self.scale.detach()
+        return (weight * scale, bias) if self.before else (weight * scale[:, None], None if bias is None else bias * scale)
 
     def delta(self) -> Tensor | None:
         """None where the site has a bias that is scaled, too."""
@@ -65,4 +65,4 @@ class Scaled(Form):
         return self.merged(weight, None)[0] - weight
 
     def flops(self) -> int:
-        return self.l.numel()
+        return self.scale.numel()

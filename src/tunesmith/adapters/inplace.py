@@ -91,13 +91,16 @@ def bitfit(*, sites: Sequence[str] | str | None = None, layers: Sequence[int] | 
         every = [path for path in named if path.rpartition(".")[2].endswith("bias")]
         if not every:
             raise AdapterError(
-                f"adapter 'bitfit' trains biases, and {type(model).__name__} has none.", hints=[f"Nearest that works here:  {_nearest(model)}"]
+                f"adapter 'bitfit' trains biases, and {type(model).__name__} has none.",
+                hints=[f"Nearest that works here:  {_nearest(model)}"],
             )
         if wanted is not None or layers is not None:
             every = [path for path in every if path in _of_sites(model, wanted, layers)]
         if not every:
             have = dict.fromkeys(site.name for site in find_sites(model) if f"{site.path}.bias" in named)
-            raise AdapterError("bitfit: the sites asked for have no biases.", hints=[f"Sites with biases here:  {', '.join(have) or 'norm'}"])
+            raise AdapterError(
+                "bitfit: the sites asked for have no biases.", hints=[f"Sites with biases here:  {', '.join(have) or 'norm'}"]
+            )
         return every
 
     return Plan("bitfit", "in-place", wanted or (), None if layers is None else tuple(layers), pick=pick, lr=4e-4)
@@ -147,6 +150,11 @@ class AddedBias(Form):
     def leave(self, out: Tensor, x: Tensor) -> Tensor:
         """out + b'."""
         return out + self.added.to(out.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight as it is, and b + b'."""
+        added = self.added.detach()
+        return weight, added if bias is None else bias + added
 
     def flops(self) -> int:
         """One addition for each output."""

@@ -59,8 +59,11 @@ def key_value_sites(model: Any, tokens: int, who: str) -> KeyValueSites:
     width = next(_width(model, path, form, part) for path, _, part, form in spots if part in (0, None))
     heads = _kv_heads(config)
     found = KeyValueSites(forms, order, layers, *((heads, width // heads) if width % heads == 0 else (1, width)), None)
-    _find_axes(model, found, who)
-    _require_alone(model, found, who)
+    try:
+        _find_axes(model, found, who)
+        _require_alone(model, found, who)
+    except (RuntimeError, ValueError, IndexError, TypeError) as cause:
+        raise _refused(who, model, f"it cannot read a short text ({str(cause).splitlines()[:1]})") from None
     try:
         found.turns = _turns(model, found, tokens)
     except Exception:  # whatever keeps us from seeing keys at the attention: they are then learned as they leave their site
@@ -75,7 +78,9 @@ def _spots(model: Any, who: str) -> list[tuple[str, int, int | None, LayerVector
     by_layer = [[site for site in sites if site.layer == number] for number in range(len(layers))]
     config = model.config.get_text_config()
     if len(layers) != getattr(config, "num_hidden_layers", len(layers)):
-        raise _refused(who, model, f"its {config.num_hidden_layers} layers share {len(layers)} sets of weights, so no layer has keys of its own")
+        raise _refused(
+            who, model, f"its {config.num_hidden_layers} layers share {len(layers)} sets of weights, so no layer has keys of its own"
+        )
     out: list[tuple[str, int, int | None, LayerVectors]] = []
     for number, own in enumerate(by_layer):
         names = sorted(site.name for site in own)
@@ -84,7 +89,7 @@ def _spots(model: Any, who: str) -> list[tuple[str, int, int | None, LayerVector
             if key.outputs != value.outputs:
                 raise _refused(who, model, f"keys and values of layer {number} differ in width")
             out += [(_behind_norm(model, key), number, 0, LayerVectors()), (value.path, number, 1, LayerVectors())]
-        elif names == ["qkv"]:
+        elif names == ["qkv"] and getattr(config, "num_attention_heads", None):
             keys, values = _columns(config, own[0])
             norm = _behind_norm(model, own[0])
             if norm != own[0].path:
@@ -92,7 +97,8 @@ def _spots(model: Any, who: str) -> list[tuple[str, int, int | None, LayerVector
             else:
                 out.append((own[0].path, number, None, LayerVectors(columns=torch.cat([keys, values]))))
         else:
-            what = f"layer {number} has {', '.join(names) if names else 'no map to keys and values'} where one key and one value map are needed"
+            has = ", ".join(names) if names else "no map to keys and values"
+            what = f"layer {number} has {has} where one key and one value map are needed"
             raise _refused(who, model, what)
     return out
 
@@ -259,12 +265,17 @@ def _hear(model: Any, found: KeyValueSites, keys: Tensor, values: Tensor, tokens
 
 def _turns(model: Any, found: KeyValueSites, tokens: int) -> list[Turn] | None:
     """What each layer does to keys, by position, and the way back."""
+    if not model._can_set_attn_implementation():
+        return None
     device = model.get_input_embeddings().weight.device
     heads, dim, count = found.heads, found.dim, found.layers
     generator = torch.Generator().manual_seed(6)
-    keys, values = (torch.randn(count, tokens, heads * dim, generator=generator).to(device) for _ in range(2))
+    keys, values = (torch.rand(count, tokens, heads * dim, generator=generator).to(device) - 0.5 for _ in range(2))
     heard = _hear(model, found, keys, values, tokens, count - 1)
     close = 1e-4 if model.dtype in (torch.float32, torch.float64) else 4e-2
+    shape = (1, heads, tokens, dim)
+    if len(heard) == count and heard[0][0].ndim == 4:  # a configuration may name heads that the model does not heed
+        heads, dim = found.heads, found.dim = heard[0][0].shape[1], heard[0][0].shape[3]
     shape = (1, heads, tokens, dim)
     if len(heard) != count or any(key.shape != shape or value.shape != shape for key, value in heard):
         return None

@@ -236,7 +236,7 @@ class Directed(Form):
 def _principal(weight: Tensor, rank: int, scale: float, iterations: int) -> tuple[Tensor, Tensor]:
     """(A0 [rank, inputs], B0 [outputs, rank]) with s B0 A0 the weight's best approximation of that rank."""
     if iterations:
-        u, s, v = torch.svd_lowrank(weight, q=rank, niter=iterations)
+        u, s, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=iterations)  # a few more make it accurate
         v = v.t()
     else:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)

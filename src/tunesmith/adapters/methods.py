@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -32,7 +32,9 @@ class Plan:
     `tokens` tokens of its own among those of a text, built by `make_tokens`; "head" puts a task head behind its last layer.
     sites, layers: where. make: builds the form of a site; raises AdapterError where it cannot. alone: no other form may listen
     at the same site. form: options of the form, as PEFT's files have them. pick: which parameters of the base are trained, by
-    path; raises AdapterError where there are none. lr: learning rate where none is given.
+    path; raises AdapterError where there are none. lr: learning rate where none is given. sublayers: it may listen at sub-layers.
+    lowest: layers below do without. resolve: makes the whole plan once the finished adapters that it joins are known, from their
+    expressions by name (None: to be read) and the base's fingerprint. finished: these expressions.
     """
 
     method: str
@@ -46,14 +48,26 @@ class Plan:
     lr: float = 2e-4
     tokens: int = 0
     make_tokens: Callable[[Any, Encode | None], VirtualTokens] | None = None
+    sublayers: bool = False
+    lowest: int = 0
+    resolve: Callable[[Mapping[str, str] | None, str | None], Plan] | None = None
+    finished: Mapping[str, str] = field(default_factory=dict)
 
 
-METHODS: Registry[Callable[..., Plan]] = Registry("adapter method")
+Method = Callable[..., Plan | list[Plan]]
+METHODS: Registry[Method] = Registry("adapter method")
+
+F = TypeVar("F", bound=Method)
 
 
-def method(name: str) -> Callable[[Callable[..., Plan]], Callable[..., Plan]]:
-    """Enter a method into the catalogue under its name."""
-    return lambda function: METHODS.add(name, function)
+def method(name: str) -> Callable[[F], F]:
+    """Enter a method into the catalogue under its name. A method that is several together returns their plans."""
+
+    def enter(function: F) -> F:
+        METHODS.add(name, function)
+        return function
+
+    return enter
 
 
 def names_of(name: str, value: Sequence[str] | str) -> tuple[str, ...]:
@@ -81,14 +95,15 @@ def head(*, pool: str = "auto", hidden: int = 0, dropout: float = 0.0) -> Plan:
 
 def plan(expression: str) -> list[Plan]:
     """Read an adapter expression into plans, one a term. Raises SpecError or AdapterError where it cannot be."""
-    plans = []
+    plans: list[Plan] = []
     for call in parse_calls(expression, kind="adapter"):
         function = METHODS[call.name]
         check_options(function, call.options, kind=f"adapter {call.name}", error=AdapterError)
         try:
-            plans.append(function(**call.options))
+            made = function(**call.options)
         except TypeError as cause:
             raise AdapterError(f"adapter {call.name}: {cause}.") from None
+        plans += made if isinstance(made, list) else [made]
     beside = [p for p in plans if p.kind != "head"]
     if len(plans) - len(beside) > 1:
         raise AdapterError(f"'{expression}' has more than one head.", hints=["A run trains one head."])

@@ -79,7 +79,7 @@ def _plan(name: str, tokens: int, hidden: int | None) -> Plan:
         width = int(model.get_input_embeddings().weight.shape[1])
         return Prefix(tokens, width, key_value_sites(model, tokens, name), hidden or 0)
 
-    return Plan(name, "virtual", tokens=tokens, make_tokens=make)
+    return Plan(name, "virtual", tokens=tokens, make_tokens=make, lr=2e-4 if hidden else 5e-3)
 
 
 @method("prefix")
@@ -88,8 +88,10 @@ def prefix(*, tokens: int = 30, hidden: int | None = 512) -> Plan:
 
     attention(q, [P_k; K], [P_v; V]) with P = MLP(E) = W2 tanh(W1 E). Li and Liang 2021 · 2101.00190; n = 30 and hidden = 512
     as in He et al. 2022 · 2110.04366. hidden: width of the MLP, none to train P itself; the MLP costs about hidden x 2 x layers
-    x width of a key more values in training, and nothing in use, where P alone is needed. Use it where generation shall be
-    steered with few values. Costs n more keys at every layer, and positions: the text starts at n. Refused where layers share
+    x width of a key more values in training, and nothing in use, where P alone is needed.
+    When to use it: to steer generation with few values.
+    Costs n more keys at every layer, and positions: the text starts at n; layers with a sliding window
+    see it as far as that reaches. Refused where layers share
     weights or words reach later ones otherwise than by keys and values. Not the identity at the start.
     """
     return _plan("prefix", tokens, hidden)
@@ -101,6 +103,7 @@ def ptuning_v2(*, tokens: int = 20, hidden: int | None = None) -> Plan:
 
     attention(q, [P_k; K], [P_v; V]), P trained itself. Liu et al. 2022 · 2110.07602, whose best lengths lie between 5 (simple
     classification) and 100 (labelling sequences). hidden: an MLP as in prefix, for tasks where it helps. It wants learning
-    rates of about 5e-3. Costs as prefix does. Not the identity at the start.
+    rates of about 5e-3. Costs as prefix does. When to use it: to read texts, with a task head.
+    Not the identity at the start.
     """
     return _plan("ptuning_v2", tokens, hidden)

@@ -42,6 +42,7 @@ class EncodedPrompt(VirtualTokens):
 
     def __init__(self, count: int, width: int, hidden: int, encoder: Encoder, dropout: float, places: Sequence[Place] = (0,)) -> None:
         super().__init__(count, places)
+        self.hidden = hidden
         self.table = nn.Parameter(torch.randn(count, width))
         self.lstm: nn.LSTM | None = None
         if encoder == "lstm":
@@ -69,30 +70,29 @@ def prompt(*, tokens: int = 20, init: str = "vocabulary", text: str = "", places
     default), "text" with the words of `text`, repeated or cut to n. places: where they stand, split evenly: 0 is the start, a
     number p after p tokens of the text, "end" right before the answer (or before the token that a task head reads).
     Trains n x width values, the fewest of all methods, and catches up with others on large models only; it wants learning
-    rates of 1e-2 to 3e-1. Costs n more tokens: once a pack or a generation on decoders, before each text on encoders. Not the
-    identity at the start.
+    rates of 1e-2 to 3e-1. Costs n more tokens: once a pack or a generation on decoders, before each text on encoders.
+    When to use it: many tasks on one large model. Not the identity at the start.
     """
     _check("prompt", tokens, places)
     if init not in get_args(Init):
         raise unknown("init", init, get_args(Init), error=AdapterError)
     if (init == "text") != bool(text):
-        raise AdapterError("prompt: init=text and text=\"...\" go together.", hints=['For example:  prompt(init=text, text="Sentiment:")'])
+        raise AdapterError('prompt: init=text and text="..." go together.', hints=['For example:  prompt(init=text, text="Sentiment:")'])
 
     def make(model: Any, encode: Encode | None) -> VirtualTokens:
         return Prompt(_start(model, tokens, cast(Init, init), text, encode), places)
 
-    return Plan("prompt", "virtual", tokens=tokens, make_tokens=make)
+    return Plan("prompt", "virtual", tokens=tokens, make_tokens=make, lr=1e-2)
 
 
 @method("ptuning")
-def ptuning(
-    *, tokens: int = 20, encoder: str = "mlp", hidden: int = 128, dropout: float = 0.0, places: Sequence[Place] = (0,)
-) -> Plan:
+def ptuning(*, tokens: int = 20, encoder: str = "mlp", hidden: int = 128, dropout: float = 0.0, places: Sequence[Place] = (0,)) -> Plan:
     """P-Tuning: like Prompt Tuning, with the vectors made by a small network of trained ones, which eases their training.
 
     p = MLP(h), or MLP(biLSTM(h)). Liu et al. 2021 · 2103.10385; sizes as in PEFT. encoder: "mlp" or "lstm" (the paper's).
     hidden: width within. places: as of prompt, since the paper puts its tokens anywhere in a template:  places=[0, end].
-    The network costs about 4 hidden x width more values in training and nothing in use. Not the identity at the start.
+    The network costs about 4 hidden x width more values in training and nothing in use.
+    When to use it: where prompt does not train well. Not the identity at the start.
     """
     _check("ptuning", tokens, places)
     if encoder not in get_args(Encoder):
@@ -106,7 +106,7 @@ def ptuning(
         width = int(model.get_input_embeddings().weight.shape[1])
         return EncodedPrompt(tokens, width, hidden, cast(Encoder, encoder), dropout, places)
 
-    return Plan("ptuning", "virtual", tokens=tokens, make_tokens=make)
+    return Plan("ptuning", "virtual", tokens=tokens, make_tokens=make, lr=1e-3)
 
 
 def _check(name: str, tokens: int, places: Sequence[Place]) -> None:

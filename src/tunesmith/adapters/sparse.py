@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tunesmith.adapters.forms import Form
 from tunesmith.adapters.methods import Plan, method, names_of
 from tunesmith.adapters.sites import Site
+from tunesmith.adapters.weights import is_quantised, is_transposed
 from tunesmith.core.errors import AdapterError, unknown
 
 Mask = Literal["magnitude", "gradient", "fisher", "random"]
-_HINT = "Nearest that works here:  lora"
 
 
 @method("sparse")
@@ -100,11 +100,11 @@ class Entries(Form):
 
     def __init__(self, site: Site, *, share: float, mask: str, samples: int) -> None:
         super().__init__()
-        weight = getattr(site.module, "weight", None)
-        if weight is None or not weight.is_floating_point() or weight.numel() != site.inputs * site.outputs:
-            raise AdapterError(f"{site.path} is quantised and cannot be trained in place.", hints=[_HINT])
+        if is_quantised(site.module):
+            raise AdapterError(f"{site.path} is quantised and cannot be trained in place.", hints=["Nearest that works here:  lora"])
+        weight: Any = site.module.weight
         self.__dict__["module"] = site.module  # outside of the module tree: the weight is the base's
-        self.transposed = tuple(weight.shape) != (site.outputs, site.inputs) or type(site.module).__name__ == "Conv1D"
+        self.transposed = is_transposed(site.module)
         self.mask, self.samples = mask, samples
         self._seen: Tensor | None = None
         count = max(1, round(share * weight.numel()))
@@ -202,7 +202,9 @@ def _entries(values: dict[str, Tensor], size: int) -> tuple[Tensor, Tensor]:
     index, change = values["index"], values["values"]
     sound = index.ndim == 1 and index.shape == change.shape and not index.is_floating_point() and change.is_floating_point()
     if not sound or (len(index) and not 0 <= int(index.min()) <= int(index.max()) < size) or len(index.unique()) < len(index):
-        raise AdapterError(f"the saved entries do not fit a weight of {size:,} values.", hints=["Load the base that the adapter was made for."])
+        raise AdapterError(
+            f"the saved entries do not fit a weight of {size:,} values.", hints=["Load the base that the adapter was made for."]
+        )
     return index.long(), change.float()
 
 

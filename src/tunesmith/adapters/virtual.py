@@ -63,7 +63,7 @@ class VirtualTokens(nn.Module):
 
     def vectors(self) -> Tensor:
         """What stands in place of the embedding's vectors, fp32 [count, width]."""
-        raise NotImplementedError
+        return self.table
 
     def layers(self) -> Sequence[Tensor]:
         """What each of the forms gives, [count, outputs] each, in the order of `forms`."""
@@ -154,8 +154,12 @@ def join_tokens(model: Any, key: str, tokens: VirtualTokens) -> None:
     embedding = _embedding(model)
     if not hasattr(embedding, "ts_virtual"):
         embedding.ts_virtual = nn.ModuleDict()
-        embedding.register_forward_pre_hook(_before)
-        embedding.register_forward_hook(_behind)
+        for module in [
+            each for each in model.modules() if getattr(each, "weight", None) is embedding.weight and hasattr(each, "num_embeddings")
+        ]:
+            module.__dict__["ts_virtual_of"] = embedding  # some families look words up in a module of its own with the same table
+            module.register_forward_pre_hook(_before)
+            module.register_forward_hook(_behind)
     if key in embedding.ts_virtual:
         raise AdapterError(f"an adapter named '{key}' has virtual tokens already.", hints=["Detach it first, or give another name."])
     tokens.first = max((other.first + other.count for other in embedding.ts_virtual.values()), default=0)
@@ -215,7 +219,7 @@ def _embedding(model: Any) -> Any:
 
 def _before(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     """Find virtual ids, and give the embedding others that it knows."""
-    on = module.__dict__["ts_virtual_on"]
+    on = module.__dict__["ts_virtual_of"].__dict__["ts_virtual_on"]
     if not on:
         return None
     ids, vocabulary = args[0], module.weight.shape[0]
@@ -229,6 +233,6 @@ def _before(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
 
 
 def _behind(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    for tokens in module.__dict__["ts_virtual_on"]:
+    for tokens in module.__dict__["ts_virtual_of"].__dict__["ts_virtual_on"]:
         out = tokens.embed(out)
     return out

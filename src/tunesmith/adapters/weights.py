@@ -1,10 +1,9 @@
-"""The weight of a site, whatever its make: as [outputs, inputs] in fp32, and back."""
+"""The weight of a site, whatever its make: as [outputs, inputs] in fp32."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tunesmith.core.errors import AdapterError
@@ -36,10 +35,3 @@ def bias_of(module: Any) -> Tensor | None:
     """The site's bias, [outputs], fp32; None where it has none."""
     bias = getattr(module, "bias", None)
     return bias.detach().float() if isinstance(bias, Tensor) else None
-
-
-def as_kept(module: Any, weight: Tensor) -> Tensor:
-    """A weight [outputs, inputs] in the site's own order, dtype and place."""
-    own: Tensor = module.weight
-    laid = weight.t() if is_transposed(module) else weight
-    return laid.to(device=own.device, dtype=own.dtype, memory_format=torch.contiguous_format, copy=True)

@@ -171,7 +171,7 @@ class Talk:
 
         if isinstance(self.model, Server):
             return self.messages
-        context, tokenizer = self.model.base.context_length, self.model.base.tokenizer
+        context, tokenizer = self.model.context_length, self.model.base.tokenizer
         if context is None:
             return self.messages
         kept, dropped = drop_oldest_turns(tokenizer, self.messages, context - self.max_tokens, renderer=self.model.renderer)

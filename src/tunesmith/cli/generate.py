@@ -85,5 +85,6 @@ def _continue(model: Model, texts: Sequence[str], sampling: Sampling) -> list[st
 
     tokenizer = model.base.tokenizer
     with model.active():
-        done = generate(model.forward, tokenizer, [tokenizer(text)["input_ids"] for text in texts], sampling)
+        prompts = model.forward.prompts([tokenizer(text)["input_ids"] for text in texts])
+        done = generate(model.forward, tokenizer, prompts, sampling)
     return [one.text for one in done]

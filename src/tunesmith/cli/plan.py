@@ -44,34 +44,39 @@ def show(plan: Plan) -> None:
     from tunesmith.ladder.plan import clock, gb
 
     training, memory = plan.training, plan.training.memory
+    layers = f"{'compiled' if training.compiled else 'uncompiled'} layers ({training.compiled_why})"
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(justify="right")
     table.add_column()
-    packs = f"{training.largest_pack:,} tokens"
-    for name, size, note in (
-        ("process", memory.process, "libraries, rows"),
+    rows = [
+        ("process", memory.process, "libraries and rows"),
         ("weights", memory.weights, plan.base),
         ("optimiser", memory.optimizer, f"{plan.trainable:,} trained values"),
         ("gradients", memory.gradients, ""),
-        ("activations", memory.activations, f"largest micro-batch: {packs}; {'compiled' if training.compiled else 'uncompiled'} layers ({training.compiled_why})"),
+        ("activations", memory.activations, f"largest micro-batch {training.largest_pack:,} tokens; {layers}"),
         ("head", memory.head, ""),
-        ("workspace", memory.workspace, "kernels, and what the allocator does not give back"),
-    ):
-        table.add_row(name, gb(size), Text(note, "dim"))
-    for name, size in (("update", training.update), ("evaluation", plan.evaluation)):
+        ("workspace", memory.workspace, "kernels at work, and what the allocator does not give back"),
+        ("kernels", memory.kernels, "kept by the CPU's matrix library for every length of pack"),
+    ]
+    for name, size, note in (("update", training.update, "the optimiser's, with"), ("evaluation", plan.evaluation, "on dev samples, with")):
         if size > memory.total:
-            table.add_row(f"{name}, at its peak", gb(size), Text("more than forward and backward together", "dim"))
-    room = Text(f"of {gb(training.available)}: ", "").append("fits" if plan.fits else "does not fit", "green" if plan.fits else "bold red")
-    table.add_row(Text("peak memory", "bold"), Text(gb(plan.peak), "bold"), room)
-    table.add_row("step", f"{training.step_seconds:.2f} s", f"{training.step_tokens:,.0f} tokens in {training.packs_a_step:.1f} micro-batches")
-    judged = f" and {plan.evaluations} evaluations of {clock(plan.evaluation_seconds)}" if plan.evaluations else ""
-    table.add_row(Text("run", "bold"), Text(clock(plan.total_seconds), "bold"), f"{training.steps:,} steps{judged}")
-    fitting = "none" if training.fitting_pack is None else f"{training.fitting_pack:,}"
-    table.add_row("pack_tokens", fitting, Text(f"the largest micro-batch that fits and that a step can fill; the spec says {plan.pack_tokens:,}", "dim"))
+            rows.append((name, size - memory.total, f"{note} what is held then, above all of these"))
+    for name, size, note in rows:
+        if size:
+            table.add_row(name, gb(size), Text(note, "dim"))
+    verdict = Text(f"of {gb(training.available)}: ").append(*(("fits", "green") if plan.fits else ("does not fit", "bold red")))
+    table.add_row(Text("peak memory", "bold"), Text(gb(plan.peak), "bold"), verdict)
     if training.checkpointing is not None:
         again = training.checkpointing
-        table.add_row("checkpointing", gb(again.peak), Text(f"peak with train.checkpointing=true, a step then takes {again.step_seconds:.2f} s", "dim"))
+        note = f"peak with train.checkpointing=true; a step then takes {again.step_seconds:.2f} s"
+        table.add_row("", gb(again.peak), Text(note, "dim"))
+    fitting = "none" if training.fitting_pack is None else f"{training.fitting_pack:,}"
+    table.add_row("pack_tokens", fitting, f"largest micro-batch that fits and that a step fills; the spec says {plan.pack_tokens:,}")
+    made = f"{training.step_tokens:,.0f} tokens in {training.packs_a_step:.1f} micro-batches"
+    table.add_row("step", f"{training.step_seconds:.2f} s", made)
+    judged = f" and {plan.evaluations} evaluations of {clock(plan.evaluation_seconds)}" if plan.evaluations else ""
+    table.add_row(Text("run", "bold"), Text(clock(plan.total_seconds), "bold"), f"{training.steps:,} steps{judged}")
     console = stdout()
     console.print(table)
     for line in plan.advice:

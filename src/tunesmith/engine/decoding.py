@@ -22,7 +22,10 @@ from tunesmith.engine.prefill import Keys, Prefill
 NAME = "tunesmith-decode"
 
 STEP = 32
-"""Key buffers grow by as many tokens."""
+"""Tokens by which the buffers of answers grow."""
+
+ROUND = 16
+"""Columns of a buffer are a multiple of it: sums over keys then add up in the same order whatever zeros follow."""
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Rows of a decoding step; idle ones compute along, unread."""
@@ -77,9 +80,9 @@ def size_for(rows: int) -> int:
     return 1 if rows == 1 else next((size for size in SIZES if size >= rows), rows)
 
 
-def rounded(tokens: int) -> int:
+def rounded(tokens: int, to: int = ROUND) -> int:
     """Columns of a buffer for so many tokens."""
-    return -(-tokens // STEP) * STEP
+    return -(-tokens // to) * to
 
 
 class Level:
@@ -234,7 +237,7 @@ class Decoding:
         prompt = torch.tensor([0 if group is None else self.tokens[group] for group in self.group])
         said = torch.tensor(self.said)
         own = self.levels[-1]
-        need = rounded(max(self.said) + 1)
+        need = rounded(max(self.said) + 1, STEP)
         if need > own.columns or 2 * need <= own.columns:
             own.resize(need)
         self._write, self._bias, self._layer = {}, {}, 0

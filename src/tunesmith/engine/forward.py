@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tunesmith.adapters import virtual_among
 from tunesmith.core.errors import BaseError
 from tunesmith.core.row import Row
 from tunesmith.engine import attention
 from tunesmith.engine.head import Projection, Teacher, read_head
 from tunesmith.engine.ownhead import OwnLogits, runs_alone, through_own_head
-from tunesmith.engine.pack import Pack, Span, build_pack, pack_rows
+from tunesmith.engine.pack import Pack, Span, build_pack, pack_rows, row_tokens
 from tunesmith.engine.readings import Readings
+from tunesmith.engine.virtual import Extra, extra_of, prompt_with
 from tunesmith.objectives import Wanted
 
 
@@ -74,16 +76,16 @@ class Forward:
         """Log-probabilities of the pack's targets, and what else is wanted, under the model with whatever adapters are active.
 
         given: ids whose log-probabilities are wanted too, [targets, k]. teacher: what a divergence is from; another model's
-        `logits` of the same pack will do.
+        `logits` of the same pack will do. A pack that was made while other virtual tokens were switched on is made again.
         """
-        pack = pack.to(self.model.device)
+        pack = self._suited(pack).to(self.model.device)
         readings = read_head(self.logits(pack), pack.target, wanted, given=given, teacher=teacher)
         return Scored(*readings.astuple(), pack=pack)  # type: ignore[arg-type]
 
     def logits(self, pack: Pack) -> Projection | OwnLogits:
         """What the logits at the pack's targets are made from: never all of them at once."""
         self.require_decoder()
-        pack = pack.to(self.model.device)
+        pack = self._suited(pack).to(self.model.device)
         if self.direct_head:
             return Projection.of(self.model.get_output_embeddings(), self._read(pack, pack.source, body=True))
         if self._head_alone is None and len(pack.source):
@@ -128,17 +130,38 @@ class Forward:
     def states(self, pack: Pack, at: Tensor) -> Tensor:
         """Last hidden states of the pack's tokens at flat indices `at` into pack.ids, with gradient, [len(at), width].
 
-        Raises ValueError where the model sees a token's continuation and the pack's trees are not unrolled.
+        Raises ValueError where the model sees a token's continuation and the pack's trees are not unrolled, or the pack has
+        other virtual tokens than are switched on.
         """
+        if pack.extra != self.extra:
+            raise ValueError("other virtual tokens are switched on than those in the pack")
         return self._read(pack.to(self.model.device), at.to(self.model.device), body=True)
 
     def pack(self, rows: Sequence[Row]) -> Pack:
         """One pack of these rows as this model reads them: unrolled if it looks ahead."""
-        return build_pack(rows, unroll=not self.causal)
+        return build_pack(rows, unroll=not self.causal, extra=self.extra)
 
     def packs(self, rows: Sequence[Row], budget: int) -> list[Pack]:
         """Packs of at most `budget` tokens that hold all rows, as this model reads them."""
-        return pack_rows(rows, budget, unroll=not self.causal)
+        return pack_rows(rows, budget, unroll=not self.causal, extra=self.extra)
+
+    def prompts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Prompts as this model reads them: with the virtual tokens that are switched on."""
+        extra = self.extra
+        return [prompt_with(ids, extra) for ids in prompts]
+
+    def size(self, row: Row) -> int:
+        """Tokens that a row takes in a pack; virtual ones that a pack holds once are not counted."""
+        return row_tokens(row, unroll=not self.causal, extra=self.extra)
+
+    @property
+    def extra(self) -> Extra:
+        """The virtual tokens that are switched on."""
+        return extra_of(self.model)
+
+    def _suited(self, pack: Pack) -> Pack:
+        extra = self.extra
+        return pack if pack.extra == extra else build_pack(pack.rows, unroll=pack.unrolled, extra=extra)
 
     def require_decoder(self) -> None:
         """Raise BaseError unless the model predicts next words."""
@@ -166,7 +189,7 @@ class Forward:
     def _padded(self, pack: Pack, at: Tensor, *, body: bool) -> Tensor:
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         batch = unroll(pack, pad or 0).to(pack.ids.device)
-        with self._noisy(batch.lengths[:, None]):
+        with self._noisy(batch.lengths[:, None] - pack.extra.tokens):
             inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
             states: Tensor = uncached(self.model.base_model, **inputs).last_hidden_state if body else uncached(self.model, **inputs).logits
         return states[batch.path[at], batch.offset[at]]
@@ -187,7 +210,10 @@ class Forward:
             noise = torch.randn(out.shape, dtype=torch.float32, device=out.device) * (1 / 3**0.5)  # the uniform's variance
         else:
             noise = torch.rand(out.shape, dtype=torch.float32, device=out.device) * 2 - 1
-        return out + (noise * size).to(out.dtype)
+        noise = noise * size
+        if (virtual := virtual_among(self.model)) is not None:  # they are no words
+            noise.flatten(0, 1)[virtual] = 0
+        return out + noise.to(out.dtype)
 
 
 def uncached(module: nn.Module, **inputs: Any) -> Any:
@@ -235,9 +261,9 @@ def unroll(pack: Pack, pad: int = 0) -> Unrolled:
 def _leaves(pack: Pack) -> Iterator[Span]:
     """The spans that end a path."""
     if pack.unrolled:
-        yield from pack.spans
+        yield from pack.spans[pack.leading :]
         return
-    first = 0
+    first = pack.leading
     for row in pack.rows:
         yield from (pack.spans[first + leaf] for leaf in row.leaves())
         first += len(row.segments)

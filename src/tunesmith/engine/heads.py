@@ -36,7 +36,7 @@ def read_task_head(forward: Forward, pack: Pack, head: TaskHead) -> Said:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A labelled token: its flat index in the pack, and those of all tokens on the path of its segment."""
+    """A labelled token: its flat index in the pack, and those of all words on the path of its segment."""
 
     at: int
     path: np.ndarray
@@ -46,10 +46,10 @@ def _asked(pack: Pack) -> tuple[list[_Place], np.ndarray]:
     """Every labelled token of the pack, and its label, [reads]."""
     places, labels = [], []
     for row, index, own, above in zip(pack.segment_row, pack.segment_index, pack.own, pack.above, strict=True):
-        part = pack.rows[row].segments[index]
+        part = pack.laid[row].segments[index]
         if part.labels is None:
             continue
-        path = np.concatenate([above, own])
+        path = pack.words(np.concatenate([above, own]))
         for at in part.asked:
             places.append(_Place(int(own[at]), path))
             labels.append(part.labels[at])
@@ -86,7 +86,7 @@ def task_logits(forward: Forward, head: TaskHead, rows: Sequence[Row], budget: i
     Every row is asked once, at its last token. Rows of one length lie together, so that little is padded within a pack.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].tokens)
-    for chosen in _filled([rows[index].tokens for index in order], budget):
+    for chosen in _filled([forward.size(rows[index]) for index in order], budget):
         places = [order[at] for at in chosen]
         with torch.no_grad():
             yield places, read_task_head(forward, forward.pack([rows[index] for index in places]), head).logits

@@ -5,6 +5,8 @@ Bytes are counted as tensors are saved and are not kept, so that a micro-batch w
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -92,7 +94,7 @@ def run_once(device: torch.device, forward: Callable[[], Tensor], clear: Callabl
         loss = forward()
         wait(device)
         between = time.perf_counter()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         wait(device)
         ended = time.perf_counter()
     del loss
@@ -105,6 +107,15 @@ def peak_of(device: torch.device) -> Iterator[Callable[[], int]]:
     """Most bytes held within the block, as a run reports them: of torch's allocator on a GPU, resident ones on a CPU."""
     with PeakMemory() as memory:
         yield lambda: int((memory.gpu_mb if device.type == "cuda" else memory.mb) * MB)
+
+
+def kept(device: torch.device) -> int:
+    """Bytes held now, after the C library was asked to give back what it has free. Other libraries than glibc are not asked."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    return held(device)
 
 
 def held(device: torch.device) -> int:
@@ -127,7 +138,8 @@ def room(device: torch.device) -> int:
 def update_seconds(parameters: Iterable[nn.Parameter], spec: TrainSpec) -> float:
     """Seconds of one update, from the optimiser itself on copies of some of the parameters."""
     every = list(parameters)
-    values, some = 0, []
+    values = 0
+    some: list[nn.Parameter] = []
     for parameter in sorted(every, key=lambda p: p.numel()):
         if some and values + parameter.numel() > _OPTIMIZED:
             break

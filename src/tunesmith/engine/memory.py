@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from tunesmith.adapters import remembering, standing
 from tunesmith.core.errors import RunError
 
 
@@ -62,11 +63,17 @@ def _switch(model: PreTrainedModel, on: bool) -> None:
     """transformers renamed these verbs within version 5."""
     if hasattr(model, "activation_checkpointing_enable"):
         verb: Any = model.activation_checkpointing_enable if on else model.activation_checkpointing_disable
-        verb()
+        verb(*([_how(model)] if on else []))
     elif on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=_how(model))
     else:
         model.gradient_checkpointing_disable()
+
+
+def _how(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of torch's checkpoint. Keys and values that are given at virtual tokens are those of the layer's own forward."""
+    given = any(tokens.forms for tokens in standing(model))
+    return {"use_reentrant": False, **({"context_fn": remembering(model)} if given else {})}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -44,6 +44,16 @@ class Model:
         """How dialogues become tokens for this base, everywhere."""
         base = self.base
         return renderer_for(base.tokenizer, base.template, system=base.system_turn, special=base.special, variables=base.template_variables)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that its adapters add to every text; counts of tokens leave them out."""
+        return sum(tokens.count for adapter in self.adapters for tokens in adapter.virtual.values())
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that a text and its answer may have at most: the base's context less the virtual tokens."""
+        return None if self.base.context_length is None else self.base.context_length - self.virtual_tokens
 
     def trainable(self) -> int:
         """Values that training may change."""
@@ -101,9 +111,23 @@ def attach_to(model: Base | Model, expression: str, *, name: str = "", keep_orig
     taken = {adapter.name for adapter in _attached(base)}
     unique = name or next(f"adapter{n}" for n in range(len(taken) + 1) if f"adapter{n}" not in taken)
     new_words = [] if start.adapters else base.new_token_ids
-    adapter = attach(base.model, expression, name=unique, new_words=new_words, keep_original=keep_original, seed=seed)
+    adapter = attach(
+        base.model,
+        expression,
+        name=unique,
+        new_words=new_words,
+        keep_original=keep_original,
+        seed=seed,
+        encode=_encoder(base),
+        fingerprint=base.fingerprint,
+    )
     _attached(base).append(adapter)
     return Model(base, [*start.adapters, adapter], start.name)
+
+
+def _encoder(base: Base) -> Callable[[str], list[int]]:
+    """The base's tokenizer, for adapters that begin with words."""
+    return lambda text: list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def add_adapter(base: Base, adapter: Adapter) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import RunError
 from tunesmith.core.row import ROOT, Row, Segment
+from tunesmith.engine.virtual import NO_EXTRA, Extra, inserted
 
 _PAD_WASTE = 1.3
 """A bucket is closed when padding would make its attention cost more than this times the exact cost."""
@@ -95,7 +96,8 @@ class Pack:
     on several paths is then read from the first. spans: of each stretch that is attended as one, its tokens and those
     before them, like own and above: the segments, or the paths of an unrolled pack. shared: some token is a key of several
     spans. padded: the token of each padded query of all buckets, one after another; pad: places among them that are padding.
-    kept: what a device's attention makes of the pack once and needs in every layer.
+    kept: what a device's attention makes of the pack once and needs in every layer. extra: virtual tokens in it. laid: the rows
+    as they lie in it, with the virtual tokens that stand within them; segments are the same ones in the same order.
     """
 
     rows: list[Row]
@@ -116,6 +118,8 @@ class Pack:
     shared: bool
     padded: Tensor
     pad: Tensor
+    extra: Extra
+    laid: list[Row]
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def places(self) -> Iterator[tuple[Bucket, slice]]:
@@ -140,6 +144,17 @@ class Pack:
     @property
     def segments(self) -> int:
         return len(self.segment_row)
+
+    @property
+    def leading(self) -> int:
+        """Spans before those of the rows: one, where virtual tokens that all paths begin with lie there once."""
+        return int(len(self.extra.root) > 0 and (self.extra.shared or not self.unrolled))
+
+    def words(self, tokens: np.ndarray) -> np.ndarray:
+        """Of these flat indices those that are no virtual tokens."""
+        if not self.extra:
+            return tokens
+        return tokens[self.ids[torch.from_numpy(tokens).to(self.ids.device)].cpu().numpy() < self.extra.vocabulary]
 
     def path(self, segment: int) -> Tensor:
         """Flat indices of all tokens from the root to the end of a segment."""
@@ -168,10 +183,19 @@ def best_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
     return [sorted(items) for items in bins]
 
 
-def pack_rows(rows: Sequence[Row], budget: int, *, unroll: bool = False) -> list[Pack]:
-    """Packs that hold all rows, each whole. Order within a pack follows the order given."""
-    sizes = [unrolled_tokens(row) if unroll else row.tokens for row in rows]
-    return [build_pack([rows[index] for index in items], unroll=unroll) for items in best_fit(sizes, budget)]
+def pack_rows(rows: Sequence[Row], budget: int, *, unroll: bool = False, extra: Extra = NO_EXTRA) -> list[Pack]:
+    """Packs that hold all rows, each whole. Order within a pack follows the order given. What virtual tokens take that lie in a
+    pack once comes on top of the budget."""
+    sizes = [row_tokens(row, unroll=unroll, extra=extra) for row in rows]
+    return [build_pack([rows[index] for index in items], unroll=unroll, extra=extra) for items in best_fit(sizes, budget)]
+
+
+def row_tokens(row: Row, *, unroll: bool = False, extra: Extra = NO_EXTRA) -> int:
+    """Tokens that a row takes in a pack."""
+    laid = inserted(row, extra)
+    if not unroll:
+        return laid.tokens
+    return unrolled_tokens(laid) + (0 if extra.shared else len(extra.root) * len(laid.leaves()))
 
 
 def unrolled_tokens(row: Row) -> int:
@@ -179,11 +203,13 @@ def unrolled_tokens(row: Row) -> int:
     return sum(len(row.segments[index]) for leaf in row.leaves() for index in row.path(leaf))
 
 
-def build_pack(rows: Sequence[Row], *, unroll: bool = False) -> Pack:
-    """One pack of these rows. unroll: every root-to-leaf path for itself, for models that see a token's continuation."""
-    layout = _unrolled(rows) if unroll else _layout(rows)
+def build_pack(rows: Sequence[Row], *, unroll: bool = False, extra: Extra = NO_EXTRA) -> Pack:
+    """One pack of these rows. unroll: every root-to-leaf path for itself, for models that see a token's continuation. extra:
+    virtual tokens to put among them."""
+    laid = [inserted(row, extra) for row in rows]
+    layout = _unrolled(laid, extra) if unroll else _layout(laid, extra)
     buckets, back = _buckets(layout.spans, len(layout.ids))
-    source, target, owner = _targets(rows, layout)
+    source, target, owner = _targets(laid, layout)
     as_tensor = torch.from_numpy
     return Pack(
         rows=list(rows),
@@ -194,7 +220,7 @@ def build_pack(rows: Sequence[Row], *, unroll: bool = False) -> Pack:
         segment=as_tensor(owner),
         segment_row=layout.row,
         segment_index=layout.index,
-        lengths=as_tensor(_lengths(rows, layout)),
+        lengths=as_tensor(_lengths(rows, layout, len(extra.root))),
         own=layout.own,
         above=layout.above,
         spans=layout.spans,
@@ -204,6 +230,8 @@ def build_pack(rows: Sequence[Row], *, unroll: bool = False) -> Pack:
         shared=any(len(span.above) for span in layout.spans),
         padded=torch.cat([bucket.query.flatten() for bucket in buckets]),
         pad=_pads(buckets),
+        extra=extra,
+        laid=laid,
     )
 
 
@@ -220,7 +248,7 @@ def _concat(parts: Sequence[np.ndarray]) -> np.ndarray:
 @dataclass(slots=True)
 class _Layout:
     """Where everything lies. ids: of the flat tokens. For each segment: its tokens, its ancestors' tokens, its row and index
-    in it. spans: what is attended as one, in the order of the flat tokens; span_row: the row of each."""
+    in it. spans: what is attended as one, in the order of the flat tokens; span_row: the row of each, -1 for the root of all."""
 
     ids: np.ndarray
     own: list[np.ndarray]
@@ -231,14 +259,15 @@ class _Layout:
     span_row: list[int]
 
 
-def _layout(rows: Sequence[Row]) -> _Layout:
-    out = _Layout(_ids([segment for row in rows for segment in row.segments]), [], [], [], [], [], [])
-    start = 0
+def _layout(rows: Sequence[Row], extra: Extra) -> _Layout:
+    root = extra.root
+    out = _Layout(np.concatenate([root, _ids([segment for row in rows for segment in row.segments])]), [], [], [], [], [], [])
+    start = len(root)
     for number, row in enumerate(rows):
         first = len(out.own)
         for index, segment in enumerate(row.segments):
             own = np.arange(start, start + len(segment), dtype=np.int64)
-            above = np.zeros(0, dtype=np.int64)
+            above = np.arange(len(root), dtype=np.int64)
             if segment.parent != ROOT:
                 parent = first + segment.parent
                 above = np.concatenate([out.above[parent], out.own[parent]])
@@ -247,32 +276,43 @@ def _layout(rows: Sequence[Row]) -> _Layout:
             out.row.append(number)
             out.index.append(index)
             start += len(segment)
-    out.spans, out.span_row = [Span(*pair) for pair in zip(out.own, out.above, strict=True)], out.row
+    before = [_alone(root)] if len(root) else []
+    out.spans, out.span_row = before + [Span(*pair) for pair in zip(out.own, out.above, strict=True)], [-1] * len(before) + out.row
     return out
 
 
-def _unrolled(rows: Sequence[Row]) -> _Layout:
-    """Paths side by side. A segment on several paths lies in the first of them."""
+def _alone(root: np.ndarray) -> Span:
+    return Span(np.arange(len(root), dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+
+def _unrolled(rows: Sequence[Row], extra: Extra) -> _Layout:
+    """Paths side by side. A segment on several paths lies in the first of them. Virtual tokens at the start of all paths lie
+    there once, if it is known that they do not look at what follows, and else in each of them."""
     out = _Layout(np.zeros(0), [], [], [], [], [], [])
-    pieces: list[Segment] = []
-    start, nothing = 0, np.zeros(0, dtype=np.int64)
+    shared, each = (extra.root, extra.root[:0]) if extra.shared else (extra.root[:0], extra.root)
+    pieces: list[np.ndarray] = [shared]
+    start, above = len(shared), np.arange(len(shared), dtype=np.int64)
+    if len(shared):
+        out.spans.append(_alone(shared))
+        out.span_row.append(-1)
     for number, row in enumerate(rows):
         place: dict[int, Span] = {}
         for leaf in row.leaves():
-            begin = start
+            begin, start = start, start + len(each)
+            pieces.append(each)
             for index in row.path(leaf):
                 end = start + len(row.segments[index])
-                place.setdefault(index, Span(np.arange(start, end), np.arange(begin, start)))
-                pieces.append(row.segments[index])
+                place.setdefault(index, Span(np.arange(start, end), np.concatenate([above, np.arange(begin, start)])))
+                pieces.append(row.segments[index].ids)
                 start = end
-            out.spans.append(Span(np.arange(begin, start), nothing))
+            out.spans.append(Span(np.arange(begin, start), above))
             out.span_row.append(number)
         for index in range(len(row.segments)):
             out.own.append(place[index].own)
             out.above.append(place[index].above)
             out.row.append(number)
             out.index.append(index)
-    out.ids = _ids(pieces)
+    out.ids = _concat(pieces).astype(np.int64)
     return out
 
 
@@ -294,10 +334,10 @@ def _targets(rows: Sequence[Row], layout: _Layout) -> tuple[np.ndarray, np.ndarr
     return _concat(source), _concat(target), _concat(owner)
 
 
-def _lengths(rows: Sequence[Row], layout: _Layout) -> np.ndarray:
-    longest = [0] * len(rows)
+def _lengths(rows: Sequence[Row], layout: _Layout, root: int) -> np.ndarray:
+    longest = [0] * len(rows) + [root + 1]  # the last one for the root of all, whose row is -1
     for span, row in zip(layout.spans, layout.span_row, strict=True):
-        longest[row] = max(longest[row], len(span.above) + len(span.own))
+        longest[row] = max(longest[row], len(span.above) + len(span.own) - root)
     return _concat([np.full(len(span.own), longest[row], dtype=np.int64) for span, row in zip(layout.spans, layout.span_row, strict=True)])
 
 

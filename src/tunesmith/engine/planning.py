@@ -7,9 +7,11 @@ their way, workspace of kernels, what an allocator does not give back). A pack t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 
 import torch
@@ -22,10 +24,21 @@ from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.compiling import compiled, decide
 from tunesmith.engine.dealing import deal
 from tunesmith.engine.losses import loss_of, weight_of
-from tunesmith.engine.measuring import Passed, Saved, bytes_of, count_saved, held, last_block, room, run_once, tensors_of, update_seconds
+from tunesmith.engine.measuring import (
+    Passed,
+    Saved,
+    bytes_of,
+    count_saved,
+    held,
+    kept,
+    last_block,
+    room,
+    run_once,
+    tensors_of,
+    update_seconds,
+)
 from tunesmith.engine.memory import recomputing
 from tunesmith.engine.model import Model
-from tunesmith.engine.pack import unrolled_tokens
 from tunesmith.engine.train import mean_tokens, rows_of_step, total_steps
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.spec import Spec, objective_call
@@ -39,6 +52,9 @@ _SECONDS = 6.0
 _CAUTION = 1.5
 """A pack is run only where this many times what it keeps would fit."""
 
+_ALIKE = 4
+"""Of a range of lengths, kernels of one in so many serve the others too; seen with oneDNN, where growth levels off there."""
+
 FULL = 0.95
 """Share of the memory there is that a run may take."""
 
@@ -46,7 +62,8 @@ FULL = 0.95
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes of the parts that make up the peak of a forward and backward. process: libraries, rows and whatever else was held
-    before. gradients: those kept beside the activations. workspace: what comes on top while a pack is computed."""
+    before. gradients: those kept beside the activations. workspace: what comes on top while a pack is computed. kernels: what the
+    CPU's matrix library keeps for every length of pack that it has met."""
 
     process: int
     weights: int
@@ -55,10 +72,11 @@ class Memory:
     activations: int
     head: int
     workspace: int
+    kernels: int
 
     @property
     def total(self) -> int:
-        return self.process + self.weights + self.optimizer + self.gradients + self.activations + self.head + self.workspace
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +153,18 @@ def plan_training(model: Model, rows: Sequence[Row], spec: Spec) -> Training:
 
 @dataclass(slots=True)
 class _Found:
-    """What was measured. counted: tokens and saved bytes of packs. run: tokens and what running took. before: bytes held before
-    any of it. passing: bytes of gradients in the parameters' own dtype. keeps: bytes of a token that blocks computed again keep
-    (their inputs), and how many blocks there are to compute; None where activations are kept."""
+    """What was measured. before: bytes held before any of it. passing: bytes of gradients in the parameters' own dtype. in_place:
+    the base's weights are trained. again: the blocks, where they are computed again. kernels: bytes that stay for each new
+    length of pack. counted: tokens and saved bytes of packs; counting: tokens and seconds of those forwards. run: tokens and
+    what a forward and backward took."""
 
     before: int
     passing: int
+    in_place: bool
     again: _Again | None
+    kernels: float = 0.0
     counted: list[tuple[int, Saved]] = field(default_factory=list)
+    counting: list[tuple[int, float]] = field(default_factory=list)
     run: list[tuple[int, Passed]] = field(default_factory=list)
 
     def saved(self, tokens: int, again: _Again | None) -> Saved:
@@ -164,7 +186,11 @@ class _Found:
         return max(self.saved(tokens, again).total, self.passing)
 
     def seconds(self, tokens: int) -> float:
-        return _Line.through([(n, one.seconds) for n, one in self.run])(tokens)
+        """Of a forward and backward; where none could be run, from the forward alone: a backward has as many products for the
+        inputs, and as many again for weights that are trained."""
+        forward = 3.0 if self.in_place else 2.0
+        points = [(n, one.seconds) for n, one in self.run] or [(n, forward * seconds) for n, seconds in self.counting]
+        return _Line.through(points)(tokens)
 
     def fitting(self, free: float, longest: int, most: int) -> int | None:
         """Tokens of the largest pack that takes no more than `free` bytes, at most `most`; None where the longest row does not fit."""
@@ -196,7 +222,7 @@ class _Planner:
         call = objective_call(spec.objective)
         self.objective, self.options = OBJECTIVES[call.name], call.options
         forward = model.forward
-        self.size: Callable[[Row], int] = (lambda row: row.tokens) if forward.causal else unrolled_tokens
+        self.size = forward.size
         self.shares = spec.train.neftune is None and forward.packed and forward.causal
         self.own = [parameter for _, parameter in model.adapter.named_parameters()]
         self.total = total_steps(spec, len(rows))
@@ -209,7 +235,8 @@ class _Planner:
         packs = [n for step in steps for n in step.tokens]
         largest, longest = max(packs), max(self.size(row) for step in steps for row in step.rows)
         several = any(len(step.tokens) > 1 for step in steps)
-        memory, update = self._memory(found, largest, several)
+        kernels = 0 if found.kernels == 0 else round(found.kernels * max(0.0, self._lengths(packs, len(steps)) - len(found.run)))
+        memory, update = self._memory(found, largest, several, kernels)
         seconds = sum(map(found.seconds, packs)) / len(steps) + update_seconds(self.own, train)
         fixed = memory.total - round(found.peak(largest, found.again))
         return Training(
@@ -248,7 +275,7 @@ class _Planner:
         """Some of a step's rows as a micro-batch of about this share of the largest one's tokens, at least one row."""
         count, rows = len(step.rows), step.rows
         while count > 1 and sum(map(self.size, self._trees(rows[:count], budget))) > share * budget:
-            count -= max(1, count // 8)
+            count -= max(1, count // 16)
         return self._trees(rows[:count], budget)
 
     # Measuring
@@ -257,8 +284,7 @@ class _Planner:
         """Count and run a small pack and the largest one, or as much of it as fits and does not take long."""
         model, train = self.model, self.spec.train
         before, available = held(self.device), room(self.device)
-        masters = any(p.dtype != torch.float32 for p in self.own)
-        found = _Found(before, bytes_of(self.own) if masters else 0, self._again() if train.checkpointing else None)
+        found = _Found(before, bytes_of(self.own), model.adapter.in_place, self._again() if train.checkpointing else None)
         step, at = max(((step, at) for step in steps for at in range(len(step.tokens))), key=lambda one: one[0].tokens[one[1]])
         whole, tokens = step.batches[at], step.tokens[at]
         small = self._part(step, 0.25, tokens)
@@ -273,7 +299,9 @@ class _Planner:
             ):
                 stack.enter_context(manager)
             for batch in [small] if len(small) == len(whole) else [small, whole]:
-                found.counted.append((self._tokens(batch), count_saved(model.base.model, lambda batch=batch: self._loss(batch))))
+                began, size = time.perf_counter(), self._tokens(batch)
+                found.counted.append((size, count_saved(model.base.model, partial(self._loss, batch))))
+                found.counting.append((size, time.perf_counter() - began))
             with recomputing(model.base.model, train.checkpointing):
                 self._run(found, small, step, whole, available)
         return found, available
@@ -287,7 +315,7 @@ class _Planner:
 
         def run(batch: list[Row]) -> None:
             for _ in range(2):  # the first time also prepares kernels and asks the system for memory
-                passed = run_once(self.device, lambda: self._loss(batch), self._clear)
+                passed = run_once(self.device, partial(self._loss, batch), self._clear)
             found.run.append((self._tokens(batch), passed))
 
         if not fits(self._tokens(small)):
@@ -298,10 +326,30 @@ class _Planner:
             share *= 0.8
         if share > 0.3 and tokens > self._tokens(small):
             run(whole if share == 1.0 else self._part(step, share, tokens))
+        if self.device.type == "cpu":
+            found.kernels = self._kernels(step, {n for n, _ in found.run})
+
+    def _kernels(self, step: _Step, met: set[int]) -> float:
+        """Bytes that stay for a length of pack not met before: oneDNN makes kernels for every shape and keeps them."""
+        parts = [self._part(step, share, max(met)) for share in (0.96, 0.88, 0.8)]
+        fresh = {n: part for part in parts if (n := self._tokens(part)) not in met}
+        before = kept(self.device)
+        for part in fresh.values():
+            run_once(self.device, partial(self._loss, part), self._clear)
+        return max(0, kept(self.device) - before) / len(fresh) if fresh else 0.0
+
+    def _lengths(self, packs: Sequence[int], steps: int) -> float:
+        """Lengths of pack that the run meets, less as more of them are like those before: kernels of like shapes are shared."""
+        span = max(packs) - min(packs) + 1
+        met = len(set(packs)) if steps == self.total else span * (1 - math.exp(-len(packs) / steps * self.total / span))
+        alike = max(1.0, span / _ALIKE)
+        return alike * (1 - math.exp(-met / alike))
 
     def _loss(self, batch: list[Row]) -> Tensor:
         forward = self.model.forward
-        loss = loss_of(forward, self.model.adapter, forward.pack(batch), self.objective, self.options, logging=self.spec.train.log_every == 1)
+        loss = loss_of(
+            forward, self.model.adapter, forward.pack(batch), self.objective, self.options, logging=self.spec.train.log_every == 1
+        )
         return loss.total / max(1.0, weight_of(batch, self.objective))
 
     def _clear(self) -> None:
@@ -313,7 +361,7 @@ class _Planner:
 
     # What follows
 
-    def _memory(self, found: _Found, largest: int, several: bool) -> tuple[Memory, int]:
+    def _memory(self, found: _Found, largest: int, several: bool, kernels: int) -> tuple[Memory, int]:
         """The parts at the peak of a forward and backward, and the bytes at the peak of the update."""
         values = sum(p.numel() for p in self.own)
         masters = 4 * sum(p.numel() for p in self.own if p.dtype != torch.float32)
@@ -328,8 +376,9 @@ class _Planner:
             activations=saved.blocks,
             head=saved.head,
             workspace=round(above),
+            kernels=kernels,
         )
-        return memory, memory.process + weights + memory.optimizer + 8 * values  # fp32 gradients, and a root of every value
+        return memory, memory.process + weights + memory.optimizer + kernels + 8 * values  # fp32 gradients, and a root of every value
 
     def _again(self) -> _Again:
         """The blocks that computing again concerns: from the first that something trained lies in."""

@@ -217,5 +217,5 @@ def _state(model: nn.Module) -> list[Any]:
         out.extend(id(hook) for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()))
         for name in sorted(own):
             if name.startswith("ts_"):
-                out.append(own[name])
+                out.append(tuple(own[name]) if isinstance(own[name], list) else own[name])
     return out

@@ -23,7 +23,7 @@ def prepare(adapter: Adapter, rows: Sequence[Row], loss: Callable[[Row], Tensor]
     for number in range(count):
         for form in waiting:
             form.watch(True)
-        loss(rows[number * len(rows) // count]).backward()  # type: ignore[no-untyped-call]
+        loss(rows[number * len(rows) // count]).backward()
     for form in waiting:
         form.watch(False)
     for _, parameter in adapter.named_parameters():

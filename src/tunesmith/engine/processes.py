@@ -6,6 +6,7 @@ is nothing to tell: each of these calls then returns at once. Nothing is pickled
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -159,7 +160,14 @@ def start(device: str = "auto", timeout: float = TIMEOUT) -> Processes:
         raise RunError(f"the launcher started {launched()} processes, and accelerate made {state.num_processes} of them.")
     found = torch.device("cpu") if on_cpu else state.device
     _current = Processes(state.process_index, state.num_processes, found, timeout)
+    atexit.register(_leave)
     return _current
+
+
+def _leave() -> None:
+    """End the backend's threads before the interpreter does: one that it finds running may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _on_cpu(device: str) -> bool:

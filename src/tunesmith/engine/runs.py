@@ -11,6 +11,7 @@ from tunesmith.core.errors import RunError
 from tunesmith.engine.checkpoint import new_folder
 from tunesmith.engine.model import Model, add_adapter
 from tunesmith.engine.rundir import RunFolder
+from tunesmith.spec import Spec
 
 ADAPTER = "adapter"
 TRAINED = "train"
@@ -30,18 +31,22 @@ def open_run(folder: str | os.PathLike[str], *, dtype: str = "auto", device: str
     if not (path / ADAPTER).exists() and is_run(path / TRAINED):  # a ladder: its trained rung is meant
         return open_run(path / TRAINED, dtype=dtype, device=device)
     spec = run.spec()
-    asked = dtype if dtype != "auto" else spec.base.dtype
-    if is_run(spec.base.model):
-        model = open_run(spec.base.model, dtype=asked, device=device)
-    else:
-        given = spec.base.model_dump(exclude={"model", "dtype", "device"})
-        model = Model(load_base(spec.base.model, dtype=asked, device=device, **given))
+    model = open_base(spec, dtype=dtype, device=device)
     if spec.adapter == "continue":  # the adapter went on training: what this run saved replaces what it began with
         Model(model.base, [model.adapters.pop()]).detach()
     adapter = load_adapter(model.base.model, path / ADAPTER, fingerprint=model.base.fingerprint, name=f"run{len(model.adapters)}")
     adapter.freeze()
     add_adapter(model.base, adapter)
     return Model(model.base, [*model.adapters, adapter], path.name)
+
+
+def open_base(spec: Spec, *, dtype: str = "auto", device: str = "auto") -> Model:
+    """What a run began with: a base, or another finished run."""
+    asked = dtype if dtype != "auto" else spec.base.dtype
+    if is_run(spec.base.model):
+        return open_run(spec.base.model, dtype=asked, device=device)
+    given = spec.base.model_dump(exclude={"model", "dtype", "device"})
+    return Model(load_base(spec.base.model, dtype=asked, device=device, **given))
 
 
 def save_run(model: Model, folder: Path) -> None:

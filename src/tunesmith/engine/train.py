@@ -31,7 +31,6 @@ from tunesmith.engine.losses import loss_of, weight_of
 from tunesmith.engine.memory import in_mode, out_of_memory, recomputing, release
 from tunesmith.engine.model import Model
 from tunesmith.engine.optimizer import Optimizer, learning_rate
-from tunesmith.engine.pack import unrolled_tokens
 from tunesmith.engine.preparing import digest, prepare
 from tunesmith.engine.rundir import Metrics, RunFolder
 from tunesmith.engine.sharding import gather, shard, whole
@@ -153,7 +152,9 @@ class Trainer:
 
         def loss(row: Row) -> Tensor:
             forward = self.model.forward
-            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options).total / weight_of([row], self.objective)
+            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options).total / weight_of(
+                [row], self.objective
+            )
 
         with self.model.active(), self.model.forward.held():
             seen = prepare(self.adapter, self.rows, loss)
@@ -177,6 +178,7 @@ class Trainer:
         rows = [self.rows[index] for index in self.order(step)]
         weight = weight_of(rows, self.objective)
         logged = self._logged(step + 1)
+        self.adapter.begin(step, self.total, spec.seed)
         total, sums = self._gradients(rows, weight, logged)
         loss, norm = total / weight, self.optimizer.gradient_norm()
         lr = learning_rate(step, self.total, self.lr, spec)
@@ -206,7 +208,7 @@ class Trainer:
 
         What does not fit into memory is done again in smaller micro-batches: the same rows, the same loss.
         """
-        size: Callable[[Row], int] = (lambda row: row.tokens) if self.model.forward.causal else unrolled_tokens
+        size = self.model.forward.size
         longest = max(map(size, rows))
         for _ in range(_TRIES):
             budget = max(self.state.pack_tokens or self.spec.train.pack_tokens, longest)
@@ -240,7 +242,7 @@ class Trainer:
         penalty = self.adapter.penalty()
         if penalty is None:
             return
-        penalty.backward()  # type: ignore[no-untyped-call]
+        penalty.backward()
         self.optimizer.collect()
         if sums is not None:  # these are divided by the weight
             sums["penalty"] = float(penalty.detach()) * weight

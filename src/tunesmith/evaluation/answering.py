@@ -18,7 +18,6 @@ from tunesmith.data.rows import notes_of
 from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.asking import Answered, Answerer, OnText, Progress, Question, Reply, cut_note
 from tunesmith.engine.model import Model
-from tunesmith.engine.pack import pack_rows
 from tunesmith.engine.sampler import Sampling, generate
 from tunesmith.engine.server import Server
 from tunesmith.evaluation.classifying import label_logits
@@ -121,7 +120,7 @@ def score_options(model: Model, rows: Sequence[Row], progress: Progress | None =
     shared = share_prefix(rows, max_tokens=PACK_TOKENS)
     members = {id(tree.row): tree.members for tree in shared}
     budget = max(PACK_TOKENS, max(tree.row.tokens for tree in shared))
-    for pack in pack_rows([tree.row for tree in shared], budget):
+    for pack in model.forward.packs([tree.row for tree in shared], budget):
         sums = model.forward(pack).by_segment().tolist()
         found = {(pack.segment_row[s], pack.segment_index[s]): value for s, value in enumerate(sums)}
         for at, tree in enumerate(pack.rows):
@@ -153,7 +152,7 @@ def by_likelihood(system: System, model: Model, task: Task, records: Sequence[Re
 
 
 def _check_context(model: Model, rows: Sequence[Row]) -> None:
-    context = model.base.context_length
+    context = model.context_length
     for row in rows:
         longest = longest_path(row)
         if context and longest > context:
@@ -220,7 +219,7 @@ class InProcess:
         self, asked: Sequence[Question], sampling: Sampling, *, progress: Progress | None = None, on_text: OnText | None = None
     ) -> Answered:
         """Raises RunError where an answer of `max_new_tokens` leaves no room at all, DataError where a last turn alone does."""
-        model, context, room = self.model, self.model.base.context_length, sampling.max_new_tokens
+        model, context, room = self.model, self.model.context_length, sampling.max_new_tokens
         if self.shorten and context and room >= context:
             what = f"answers of {room:,} tokens leave no room for a question in a context of {context:,}."
             raise RunError(what, hints=["Lower it:  task.max_new_tokens=N"])
@@ -236,8 +235,9 @@ class InProcess:
                     ids = renderer.prompt(kept, tools=tools).ids
                     shortened += 1
             prompts.append(ids)
+        read = model.forward.prompts(prompts)
         done = generate(
-            model.forward, tokenizer, prompts, sampling, ends=renderer.stop_ids, batch=self.batch, progress=progress, on_text=on_text
+            model.forward, tokenizer, read, sampling, ends=renderer.stop_ids, batch=self.batch, progress=progress, on_text=on_text
         )
         replies = [Reply(one.text, one.finished, len(ids), len(one.ids)) for one, ids in zip(done, prompts, strict=True)]
         lost = f"{shortened} of {len(prompts)} prompts left no room for an answer in {context:,} tokens and lost their oldest turns"

@@ -89,7 +89,7 @@ def label_logits(model: Model, task: Task, records: Sequence[Record], progress: 
         what = f"the head was trained on the labels {', '.join(head.labels)}, and the task has {', '.join(task.labels)}."
         raise SpecError(what, where="task.labels", hints=[f"task.labels=[{', '.join(head.labels)}]"])
     rows: Sequence[TextRow] = list(head_rows(base.kind, model.renderer, task, head.labels, records))
-    if limit := head.way.limit or base.context_length:
+    if limit := head.way.limit or model.context_length:
         fitted, _ = fit(rows, limit, "truncate-left-of-prompt" if head.way.limit else "error", base.tokenizer)
         rows = cast(Sequence[TextRow], fitted)
     logits = torch.zeros(len(rows), len(head.labels))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import NDArray
-from scipy import optimize, stats
 
 Floats = NDArray[np.float64]
 VerdictWord = Literal["better", "worse", "equivalent", "undecided"]
@@ -63,14 +63,14 @@ class Verdict:
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Wilson's score interval of a share (Wilson 1927). Raises ValueError unless 0 <= successes <= n and n >= 1."""
     _check_counts(n, successes=successes)
-    ends = stats.binomtest(successes, n).proportion_ci(confidence_level=level, method="wilson")
+    ends = scipy.stats.binomtest(successes, n).proportion_ci(confidence_level=level, method="wilson")
     return Interval(float(ends.low), float(ends.high))
 
 
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided p of McNemar's exact test: that wins and losses are equally likely (1.0 where there are none)."""
     _check_counts(wins + losses or 1, wins=wins, losses=losses)
-    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return float(scipy.stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def paired_difference(wins: int, losses: int, n: int, level: float = 0.95) -> Interval:
@@ -96,7 +96,7 @@ def paired_difference(wins: int, losses: int, n: int, level: float = 0.95) -> In
         distance = wins - losses - n * difference
         return abs(distance) - z * math.sqrt(_null_variance(wins, losses, n, difference))
 
-    return Interval(float(optimize.brentq(excess, -1.0, observed)), float(optimize.brentq(excess, observed, 1.0)))
+    return Interval(float(scipy.optimize.brentq(excess, -1.0, observed)), float(scipy.optimize.brentq(excess, observed, 1.0)))
 
 
 def _null_variance(wins: int, losses: int, n: int, difference: float) -> float:
@@ -150,12 +150,12 @@ def _bca_levels(drawn: Floats, left_out: Floats, estimate: float, level: float) 
     Own code because scipy's jackknife takes time and memory by the square of the number of questions.
     """
     below = (np.mean(drawn < estimate) + np.mean(drawn <= estimate)) / 2
-    bias = stats.norm.ppf(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
+    bias = scipy.stats.norm.ppf(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
     influence = left_out.mean() - left_out
     spread = np.sum(influence**2)
     acceleration = np.sum(influence**3) / (6 * spread**1.5) if spread else 0.0
     shifted = bias + np.array([-1, 1]) * _quantile(level)
-    return np.asarray(stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
+    return np.asarray(scipy.stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
 
 
 def paired_permutation(
@@ -219,7 +219,7 @@ def questions_needed(wins: int, losses: int, n: int, *, power: float = 0.8, alph
     if wins == losses:
         return None
     rate, discordant = abs(wins - losses) / n, (wins + losses) / n
-    z_alpha, z_power = _quantile(1 - alpha), float(stats.norm.ppf(power))
+    z_alpha, z_power = _quantile(1 - alpha), float(scipy.stats.norm.ppf(power))
     guess = (z_alpha * math.sqrt(discordant) + z_power * math.sqrt(discordant - rate**2)) ** 2 / rate**2 + 2 / rate
     if guess > _EXACT_PLANNING:
         return max(math.ceil(guess) - n, 0)
@@ -231,12 +231,12 @@ def _mcnemar_power(discordant: float, rate: float, n: int, alpha: float) -> floa
 
     discordant: share of questions answered differently. rate: size of the difference of the accuracies.
     """
-    fewest, most = stats.binom.ppf([1e-7, 1 - 1e-7], n, discordant)
+    fewest, most = scipy.stats.binom.ppf([1e-7, 1 - 1e-7], n, discordant)
     counts = np.arange(fewest, most + 1)
-    bound = stats.binom.ppf(alpha / 2, counts, 0.5)
-    most_against = np.where(stats.binom.cdf(bound, counts, 0.5) <= alpha / 2, bound, bound - 1)
-    rejects = stats.binom.cdf(most_against, counts, (discordant - rate) / (2 * discordant))
-    return float(np.dot(stats.binom.pmf(counts, n, discordant), rejects))
+    bound = scipy.stats.binom.ppf(alpha / 2, counts, 0.5)
+    most_against = np.where(scipy.stats.binom.cdf(bound, counts, 0.5) <= alpha / 2, bound, bound - 1)
+    rejects = scipy.stats.binom.cdf(most_against, counts, (discordant - rate) / (2 * discordant))
+    return float(np.dot(scipy.stats.binom.pmf(counts, n, discordant), rejects))
 
 
 def _smallest(enough: Callable[[int], bool], guess: int) -> int:
@@ -381,7 +381,7 @@ def _graded_needed(sums: Floats, sizes: Floats, alpha: float, power: float = 0.8
     if units < 2 or abs(difference) < _TIE:
         return None
     error = math.sqrt(units / (units - 1) * float(np.sum((sums - difference * sizes) ** 2))) / n
-    ratio = (_quantile(1 - alpha) + float(stats.norm.ppf(power))) * error / abs(difference)
+    ratio = (_quantile(1 - alpha) + float(scipy.stats.norm.ppf(power))) * error / abs(difference)
     return max(math.ceil(n * ratio**2 - n), 0)
 
 
@@ -411,7 +411,7 @@ def _rounds(count: int, width: int) -> list[int]:
 
 
 def _quantile(level: float) -> float:
-    return float(stats.norm.ppf((1 + level) / 2))
+    return float(scipy.stats.norm.ppf((1 + level) / 2))
 
 
 def _check_counts(n: int, **counts: int) -> None:

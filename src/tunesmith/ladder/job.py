@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.adapters import plan
 from tunesmith.bases import Base, load_base
 from tunesmith.bases.hardware import hardware, pick_device, pick_dtype
 from tunesmith.core.errors import DataError, SpecError
@@ -58,11 +59,16 @@ class Job:
     @property
     def limit(self) -> int:
         """Tokens that a row may have at most. Raises DataError where the spec allows more than the base reads."""
-        limit = self.spec.data.max_tokens or self.base.context_length or 2**31
-        if self.base.context_length and limit > self.base.context_length:
+        context, virtual = self.start.context_length, 0
+        if context and self.spec.adapter != "continue":
+            virtual = sum(part.tokens for part in plan(self.spec.adapter))
+            context -= virtual
+        limit = self.spec.data.max_tokens or context or 2**31
+        if context and limit > context:
+            beside = f" beside {virtual} virtual tokens" if virtual else ""
             raise DataError(
-                f"data.max_tokens={limit:,} is more than {self.base.name} reads ({self.base.context_length:,}).",
-                hints=[f"Nearest that works here:  data.max_tokens={self.base.context_length}"],
+                f"data.max_tokens={limit:,} is more than {self.base.name} reads{beside} ({context:,}).",
+                hints=[f"Nearest that works here:  data.max_tokens={context}"],
             )
         return limit
 
@@ -195,7 +201,10 @@ def trainable_model(job: Job) -> Model:
         model = attach_to(job.start, spec.adapter, keep_original=job.keep_base, seed=spec.train.seed)
     give_head(job, model)
     share = model.trainable() / model.base.parameters
-    job.reporter.line("adapter", f"{model.adapter.expression} · trainable {model.trainable():,} ({share:.2%})")
+    said = [model.adapter.expression, f"trainable {model.trainable():,} ({share:.2%})"]
+    if model.virtual_tokens:
+        said.append(f"{model.virtual_tokens} virtual tokens a text, which counts of tokens leave out")
+    job.reporter.line("adapter", " · ".join(said))
     return model
 
 

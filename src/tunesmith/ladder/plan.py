@@ -199,7 +199,7 @@ def _smaller_base(training: Training, job: Job, free: float) -> list[str]:
     memory, base = training.memory, job.base
     rest = max(training.peak, 1) - memory.process
     count = base.parameters * max(0.0, free - memory.process) / rest
-    linear = sum(m.weight.numel() for _, layer in enumerate(_layers(base.model)) for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    linear = sum(m.weight.numel() for layer in _layers(base.model) for m in layer.modules() if isinstance(m, torch.nn.Linear))
     smaller = memory.weights - round(linear * (base.dtype.itemsize - _FOUR_BITS / 8))
     peak = training.peak - memory.weights + smaller
     lines = [f"a smaller base of the family, about {_count(count)} parameters or less (this one has {_count(base.parameters)})"]

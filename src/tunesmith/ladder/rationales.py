@@ -35,7 +35,8 @@ def write_rationales(model: Model, task: Task, pool: Sequence[Record], shots: in
         said = _ASK.format(question=question, answer=record.answer())
         prompts.append(model.renderer.prompt([*asked[:-1], {"role": "user", "content": said}]).ids)
     with model.active():
-        done = generate(model.forward, model.base.tokenizer, prompts, Sampling(max_new_tokens=_TOKENS), ends=model.renderer.stop_ids)
+        read, sampling = model.forward.prompts(prompts), Sampling(max_new_tokens=_TOKENS)
+        done = generate(model.forward, model.base.tokenizer, read, sampling, ends=model.renderer.stop_ids)
     worked = [replace(record, reasoning=text) for record, one in zip(drawn, done, strict=True) if (text := _first_sentence(one.text))]
     if len(worked) < shots:
         raise DataError(

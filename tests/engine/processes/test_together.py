@@ -32,6 +32,8 @@ SAME = {
     "dropout": plan("dropout", "lora(rank=4, dropout=0.3)", pack_tokens=40, batch=20),
     "neftune": plan("neftune", neftune=5.0, pack_tokens=40, batch=20),
     "judged": plan("judged", more={"dev": True}, evaluate_every=2),
+    "adalora": plan("adalora", "adalora(rank=2, initial=4, warmup=1, final=1)"),
+    "fsdp-dora": plan("fsdp-dora", "dora(rank=4)", sharding="fsdp"),
     "fsdp-lora": plan("fsdp-lora", sharding="fsdp"),
     "fsdp-full": plan("fsdp-full", "full", sharding="fsdp"),
     "fsdp-uneven": plan("fsdp-uneven", sharding="fsdp", batch=1),

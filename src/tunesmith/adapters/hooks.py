@@ -1,0 +1,54 @@
+"""The two hooks that every site shares: forms are submodules of their site, and whatever is switched on there is asked in turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tunesmith.adapters.forms import Form
+from tunesmith.core.errors import AdapterError
+
+
+def join(module: Any, key: str, form: Form) -> None:
+    """Make a form a submodule of its site, which calls whatever is switched on through the shared hooks."""
+    if not hasattr(module, "ts_forms"):
+        module.ts_forms = nn.ModuleDict()
+        module.register_forward_pre_hook(_enter, with_kwargs=True)
+        module.register_forward_hook(_leave, with_kwargs=True)
+    if key in module.ts_forms:
+        raise AdapterError(f"an adapter named '{key}' is attached already.", hints=["Detach it first, or give another name."])
+    module.ts_forms[key] = form
+    refresh_forms(module)
+
+
+def refresh_forms(module: Any) -> None:
+    """Which forms listen at a site: those switched on, in the order in which they were attached, those that are `last` last."""
+    active = sorted((form for form in module.ts_forms.values() if form.active and not form.left_out), key=lambda form: form.last)
+    module.ts_before = tuple(form for form in active if form.before)
+    module.ts_active = tuple(form for form in active if not form.before)
+
+
+def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The one hook before a site: whatever is active there changes what enters it."""
+    if not module.ts_before:
+        return None
+    x, args, kwargs = (args[0], args[1:], kwargs) if args else (kwargs[_INPUT], (), {k: v for k, v in kwargs.items() if k != _INPUT})
+    for form in module.ts_before:
+        x = form.enter(x)
+    return (x, *args), kwargs
+
+
+def _leave(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """The one hook after a site: whatever is active there changes what leaves it, the first thing where there are several."""
+    if not module.ts_active:
+        return out
+    x = args[0] if args else kwargs[_INPUT]
+    first = out[0] if isinstance(out, tuple) else out
+    for form in module.ts_active:
+        first = form.leave(first, x)
+    return (first, *out[1:]) if isinstance(out, tuple) else first
+
+
+_INPUT = "hidden_states"
+"""What transformers calls the input of its attention and feed-forward modules, where it is passed by name."""

@@ -93,4 +93,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal without Unicode gets question marks, not a crash
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if "tunesmith.engine.processes" in sys.modules:  # otherwise nobody trained with others
+            from tunesmith.engine.processes import leave
+
+            leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise

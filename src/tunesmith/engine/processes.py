@@ -7,8 +7,10 @@ is nothing to tell: each of these calls then returns at once. Nothing is pickled
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tunesmith.core.errors import RunError
+from tunesmith.engine import launchers
 
 BUCKET = 2**23
 """Values of a gradient that travel together: 32 MB of fp32."""
@@ -147,10 +150,11 @@ def start(device: str = "auto", timeout: float = TIMEOUT) -> Processes:
     global _current
     if launched() == 1 or _current.several:
         return _current
-    _check_launcher()
+    launchers.check()
     on_cpu = _on_cpu(device)
     from accelerate import PartialState
 
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"  # under it accelerate counts one process on a CPU
     try:
         state = PartialState(cpu=on_cpu, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as cause:
@@ -160,14 +164,30 @@ def start(device: str = "auto", timeout: float = TIMEOUT) -> Processes:
         raise RunError(f"the launcher started {launched()} processes, and accelerate made {state.num_processes} of them.")
     found = torch.device("cpu") if on_cpu else state.device
     _current = Processes(state.process_index, state.num_processes, found, timeout)
-    atexit.register(_leave)
+    atexit.register(_part)
     return _current
 
 
-def _leave() -> None:
-    """End the backend's threads before the interpreter does: one that it finds running may abort the process."""
+def _part() -> None:
+    """End the backend's threads before the interpreter does."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """The last call of a process that trained with others: it ends here, with this exit code. Alone, nothing happens.
+
+    Whatever still holds a process group keeps its threads alive, and one that wants the interpreter while that is being
+    taken down aborts the process (Python before 3.14): a finished run would then be a failed one. So what was registered to
+    run at exit runs, what was said is written, and the process ends without taking anything down.
+    """
+    if not _current.several:
+        return
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _on_cpu(device: str) -> bool:
@@ -177,18 +197,6 @@ def _on_cpu(device: str) -> bool:
             hints=["Leave it to the launcher:  base.device=auto", "Or train on one process."],
         )
     return device == "cpu" or not torch.cuda.is_available()
-
-
-def _check_launcher() -> None:
-    """Refuse what the launcher's configuration asks for and nobody here would do."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise RunError(
-            "the launcher's configuration asks for DeepSpeed, which this version does not train with.",
-            hints=["Nearest that works here, with weights, gradients and moments spread as ZeRO 3 does:  train.sharding=fsdp",
-                   "Launched without it:  accelerate launch --multi_gpu --num_processes N -m tunesmith train SPEC"],
-        )  # fmt: skip
-    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "").lower() == "true":
-        raise RunError("the launcher's configuration asks for Megatron-LM.", hints=["Nearest that works here:  train.sharding=fsdp"])
 
 
 def _buckets(values: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from tunesmith.bases.memory import PeakMemory
 from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Quiet, Reporter
+from tunesmith.engine.launchers import zero_stage
 from tunesmith.engine.model import Model
 from tunesmith.engine.processes import Processes, start
 from tunesmith.engine.rundir import RunFolder, read_metrics
@@ -48,8 +49,10 @@ def train(spec: Spec, *, resume: bool = False, overwrite: bool = False, reporter
     resume: go on where the folder's run was stopped (its own spec is used; a finished run is returned as it is).
     Raises TunesmithError subclasses for everything a user can mend.
     """
+    stage = zero_stage()
     processes = start(spec.base.device, spec.train.timeout)
     reporter = _speaker(reporter, processes)
+    spec = _spread_as_asked(spec, stage, reporter)
     with run_folder(spec, root, processes) as folder:
         if overwrite and not resume:
             folder.clear()
@@ -132,6 +135,17 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     best = f" · best dev {job.metric_name} {state.best:.3f} at step {state.best_step}" if state.best is not None else ""
     job.reporter.line("done", f"{state.step} steps in {state.train_seconds:.0f} s{best} · {folder.path / ADAPTER}")
     return Run(folder.path, model, result)
+
+
+def _spread_as_asked(spec: Spec, stage: int, reporter: Reporter | None) -> Spec:
+    """The spec with the sharding that a DeepSpeed configuration of this ZeRO stage amounts to."""
+    if stage == 0 or spec.train.sharding == "fsdp":
+        return spec
+    if reporter:
+        reporter.line(
+            "launcher", f"asks for DeepSpeed ZeRO {stage}: weights, gradients and moments are spread by FSDP2 instead (train.sharding=fsdp)"
+        )
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"sharding": "fsdp"})})
 
 
 def _speaker(reporter: Reporter | None, processes: Processes) -> Reporter | None:

@@ -16,6 +16,7 @@ import pytest
 from tunesmith.core.errors import RunError
 from tunesmith.engine import processes
 from tunesmith.engine.checkpoint import Checkpoints
+from tunesmith.engine.launchers import zero_stage
 from tunesmith.engine.rundir import RunFolder, read_metrics
 
 SOURCES = Path(__file__).resolve().parents[3] / "src"
@@ -93,16 +94,18 @@ def test_a_launcher_that_is_asked_to_stop_lets_both_finish_the_step_and_save(num
     assert len(read_metrics(together.folder / name / "metrics.jsonl")) == step
 
 
-@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("zero", marks=pytest.mark.slow)])
 def test_accelerate_launch_trains_a_spec_from_end_to_end(sharding: str, together: Any, tmp_path: Path) -> None:
     words = ["love", "hate", "phone", "film", "great", "awful"]
     lines = [f'{{"text": "{words[n % 6]} {words[n % 5]} {n}", "label": "{"good" if n % 2 else "bad"}"}}' for n in range(24)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     (tmp_path / "spec.yaml").write_text(
         f"base: {{model: {together.base}, dtype: fp32}}\ndata: {{train: rows.jsonl, dev: 7}}\nadapter: lora(rank=4)\n"
-        f"train: {{steps: 4, batch: 6, evaluate_every: 2, lr: 1e-2, sharding: {sharding}}}\n"
+        f"train: {{steps: 4, batch: 6, evaluate_every: 2, lr: 1e-2, sharding: {sharding.replace('zero', 'none')}}}\n"
     )
     env = {**os.environ, "PYTHONPATH": str(SOURCES), "TUNESMITH_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    if sharding == "zero":  # its launcher needs DeepSpeed installed; what it tells the processes is this
+        env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
     program = ["-m", "tunesmith", "train", "spec.yaml"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
@@ -113,6 +116,7 @@ def test_accelerate_launch_trains_a_spec_from_end_to_end(sharding: str, together
 
     said = run([*launch, *program, "name=two"])
     assert "2 on cpu" in said and said.count("trained ") == 1
+    assert ("each holds a piece" in said) == (sharding != "none") and ("asks for DeepSpeed ZeRO 3" in said) == (sharding == "zero")
     run([sys.executable, *program, "name=one", "train.sharding=none"])
     ours, theirs = (read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("two", "one"))
     for key in ("loss", "dev_accuracy"):
@@ -132,9 +136,32 @@ def test_work_of_one_process_is_refused_under_a_launcher_of_several(monkeypatch:
         pass
     with pytest.raises(RunError, match=r"names one device(.|\n)*base.device=auto"):
         processes.start("cuda:1")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RunError, match=r"DeepSpeed(.|\n)*train.sharding=fsdp"):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    with pytest.raises(RunError, match=r"Megatron(.|\n)*train.sharding=fsdp"):
         processes.start()
+
+
+def test_a_deepspeed_configuration_is_read_for_its_stage_and_offloading_is_refused(tmp_path: Path) -> None:
+    def asked(**more: str) -> dict[str, str]:
+        return {"ACCELERATE_USE_DEEPSPEED": "true", **{f"ACCELERATE_DEEPSPEED_{key}": value for key, value in more.items()}}
+
+    def file(text: str) -> dict[str, str]:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        path.write_text(text)
+        return asked(CONFIG_FILE=str(path))
+
+    assert zero_stage({}) == 0 and zero_stage(asked()) == 2 and zero_stage(asked(ZERO_STAGE="3", OFFLOAD_PARAM_DEVICE="none")) == 3
+    assert zero_stage(file("{}")) == 0 and zero_stage(file('{"zero_optimization": {"stage": 1, "offload_param": {"device": "none"}}}')) == 1
+    for bad, why in (
+        (asked(OFFLOAD_OPTIMIZER_DEVICE="cpu"), r"offload(.|\n)*train.sharding=fsdp"),
+        (file('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}'), "offload"),
+        (file('{"zero_optimization": {"stage": 4}}'), "stage is 0, 1, 2 or 3, not 4"),
+        (file('{"zero_optimization": 3}'), "must be a JSON object"),
+        (file("{"), "is no JSON"),
+        (asked(CONFIG_FILE=str(tmp_path / "none.json")), "cannot be read"),
+    ):
+        with pytest.raises(RunError, match=why):
+            zero_stage(bad)
 
 
 def test_one_process_tells_itself_nothing() -> None:

@@ -1,10 +1,10 @@
 """Train runs in every process of a launcher, one after another, as a plan says.
 
 Usage: torchrun ... train_together.py BASE ROWS.json RUNS_FOLDER PLAN.json. A plan is a list of runs: {name, adapter, dtype,
-train}, and where asked: dev (the rows are judged), timeout (of waiting), stop (the second process alone is asked to stop at
-this step), memory (the second process's holds packs of so many tokens), die or fail (the second process is killed, or
-raises, in this step), slow (seconds added to each micro-batch). Beside each run's folder every process leaves its gradients of
-the first step, NAME.RANK.safetensors.
+train}, and where asked: dev (the rows are judged), labels (of a task head, which learns from labelled rows), timeout (of
+waiting), stop (the second process alone is asked to stop at this step), memory (the second process's holds packs of so many
+tokens), die or fail (the second process is killed, or raises, in this step), slow (seconds added to each micro-batch). Beside
+each run's folder every process leaves its gradients of the first step, NAME.RANK.safetensors.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from tunesmith.adapters import Way, states_width
 from tunesmith.bases import load_base
 from tunesmith.core.errors import Interrupted, RunError, TunesmithError
-from tunesmith.core.row import single
+from tunesmith.core.row import Row, Segment, single
 from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.pack import build_pack
-from tunesmith.engine.processes import start
+from tunesmith.engine.processes import leave, start
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.runs import save_run
 from tunesmith.engine.train import DevMetric, Trainer
@@ -36,8 +38,11 @@ def train(base: str, rows: list[Any], runs: Path, plan: dict[str, Any]) -> None:
     """One run of the plan."""
     processes = start("cpu", plan.get("timeout", 60))
     values = {"base": {"model": base, "dtype": plan.get("dtype", "fp32")}, "name": plan["name"], "adapter": plan["adapter"]}
-    spec = make_spec({**values, "train": plan["train"]})
+    spec = make_spec({**values, "train": plan["train"], **({"objective": "classify"} if "labels" in plan else {})})
     model = attach_to(load_base(base, dtype=plan.get("dtype", "fp32"), device="cpu"), plan["adapter"], seed=spec.train.seed)
+    if "labels" in plan:
+        model.adapter.give_head(states_width(model.base.model), plan["labels"], Way("last"), seed=spec.train.seed)
+        rows = [labelled(row, number % len(plan["labels"])) for number, row in enumerate(rows)]
     with RunFolder(runs / plan["name"], keep=spec.train.keep, processes=processes) as folder:
         if not folder.started:
             folder.begin(spec, {})
@@ -47,6 +52,14 @@ def train(base: str, rows: list[Any], runs: Path, plan: dict[str, Any]) -> None:
         if processes.first:
             save_run(model, folder.path)
         folder.finish({})
+
+
+def labelled(row: Row, label: int) -> Row:
+    """The same text with a label at its end, and nothing else to learn."""
+    (part,) = row.segments
+    labels = np.full(len(part), np.nan, np.float32)
+    labels[-1] = label
+    return Row((Segment(part.ids, np.zeros(len(part), np.bool_), labels=labels),), where=row.where)
 
 
 def judge(model: Model, rows: list[Any]) -> DevMetric:
@@ -101,4 +114,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except TunesmithError as error:
         print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
+    leave(0)

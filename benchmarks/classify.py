@@ -33,8 +33,8 @@ DATA: dict[str, Any] = {
 Side = Callable[..., dict[str, Any]]
 
 
-def write_work(folder: Path) -> tuple[Path, str, float]:
-    """rows.json, settings.json and the adapter's start into the folder.
+def write_work(folder: Path, adapter: str = ADAPTER, limit: int = ROWS) -> tuple[Path, str, float]:
+    """rows.json, settings.json and the adapter's start into the folder. limit: rows.
 
     The base's own folder, its faster dtype, and FLOP a row: forward and the gradient to the inputs of all blocks.
     """
@@ -47,7 +47,8 @@ def write_work(folder: Path) -> tuple[Path, str, float]:
     from tunesmith.spec import make_spec
 
     base = load_base(BASE)
-    spec = make_spec({"name": "bench", "base": BASE, "data": DATA, "task": {"kind": "label"}, "adapter": ADAPTER, "objective": "classify"})
+    data = {**DATA, "limit": limit}
+    spec = make_spec({"name": "bench", "base": BASE, "data": data, "task": {"kind": "label"}, "adapter": adapter, "objective": "classify"})
     job = prepare(spec, base=Model(base))
     rows = [{"ids": row.segments[0].ids.tolist(), "label": int(row.segments[0].labels[-1])} for row in job.rows]  # type: ignore[index]
     model = trainable_model(job)
@@ -71,17 +72,19 @@ def say(losses: list[float], seconds: list[float], rows: list[int], warm: int, p
     print(json.dumps({"losses": losses, "rows_per_second": rate, "peak_mb": peak_mb, "dtype": dtype}), flush=True)
 
 
-def bench(side: Side, python: Path, pairs: int, limit: Callable[[Any], float]) -> dict[str, Any]:
+def bench(
+    side: Side, python: Path, pairs: int, limit: Callable[[Any], float], *, name: str = NAME, adapter: str = ADAPTER, rows: int = ROWS
+) -> dict[str, Any]:
     """Pairs of ours and the peer's; medians, and the losses of both in fp32 held against each other.
 
     side: runs a script of this folder and reads its result. python: the peers' interpreter. limit: the machine's rate of
-    matrix products in a dtype, FLOP/s.
+    matrix products in a dtype, FLOP/s. name, adapter, rows: of another work of this kind.
     """
     import torch
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model_folder, own_dtype, useful = write_work(folder)
+    with tempfile.TemporaryDirectory() as kept:
+        folder = Path(kept)
+        model_folder, own_dtype, useful = write_work(folder, adapter, rows)
 
         def ours(dtype: str) -> dict[str, Any]:
             return side(sys.executable, "classify_ours.py", folder, BASE, dtype)
@@ -96,7 +99,7 @@ def bench(side: Side, python: Path, pairs: int, limit: Callable[[Any], float]) -
     rates = [[pair[which]["rows_per_second"] for pair in found] for which in (0, 1)]
     peaks = [round(statistics.median(pair[which]["peak_mb"] for pair in found)) for which in (0, 1)]
     return {
-        "work": NAME,
+        "work": name,
         "unit": "rows/s",
         "ours": round(statistics.median(rates[0]), 1),
         "peer": round(statistics.median(rates[1]), 1),

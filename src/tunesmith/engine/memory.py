@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +27,29 @@ def out_of_memory(cause: BaseException) -> bool:
 def release() -> None:
     """Give back what a failed step held."""
     gc.collect()
+    compact()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def compact() -> None:
+    """Give back the pages between tensors that are held: glibc keeps what was freed, and longer tensors fit into no gap of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+class Room:
+    """Makes room before a micro-batch that is longer than all before, whose tensors would otherwise lie beside what those left."""
+
+    def __init__(self) -> None:
+        self.longest = 0
+
+    def before(self, tokens: int) -> None:
+        """Told the tokens of each micro-batch."""
+        if tokens > self.longest:
+            self.longest = tokens
+            compact()
 
 
 @contextmanager
@@ -45,7 +68,10 @@ def recomputing(model: PreTrainedModel, on: bool) -> Iterator[None]:
             hints=["Leave train.checkpointing off, and lower train.pack_tokens to save memory."],
         )
     quiet = [
-        (m, name, getattr(m, name)) for m in model.modules() for name in _DROPOUTS.get(type(m), ("attention_dropout",)) if hasattr(m, name)
+        (m, name, getattr(m, name))
+        for m in model.modules()
+        for name in _DROPOUTS.get(type(m), ("attention_dropout", "dropout"))  # T5's attention calls its probability "dropout"
+        if isinstance(getattr(m, name, None), float)
     ]
     try:
         for module, name, _ in quiet:

@@ -1,0 +1,69 @@
+"""Every method that PEFT has too, ours and PEFT's in turn: python benchmarks/beside_peft.py [NAME ...] [--pairs N]
+
+On the demo's model the peer is TRL's SFTTrainer with PEFT, on short chat rows; on MiniLM it is transformers' Trainer with PEFT,
+on tweets. Both sides begin with the same adapter, through PEFT's files, and take the same rows in the same order. Each row of
+the table is kept in results/beside_peft.json as soon as it is there, and is not measured again unless it is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+import classify
+from run import BASE, HERE, bench, matrix_limit, peer_python, side
+from work import WORKS
+
+from tunesmith.bases import load_base
+
+METHODS = {
+    "lora": "lora(rank=16, sites=[q, v])",
+    "rslora": "rslora(rank=16, sites=[q, v])",
+    "dora": "dora(rank=16, sites=[q, v])",
+    "pissa": "pissa(rank=16, sites=[q, v])",
+    "adalora": "adalora(rank=8, initial=16, sites=[q, v])",
+    "ia3": "ia3",
+    "prompt": "prompt(tokens=20)",
+    "ptuning": "ptuning(tokens=20)",
+    "prefix": "prefix(tokens=30)",
+    "ptuning_v2": "ptuning_v2(tokens=30)",
+}
+DECODER = replace(WORKS["sft-lora-short"], steps=6, warm=3)
+TWEETS = 640
+KEPT = HERE / "results" / "beside_peft.json"
+
+
+def main() -> None:
+    """The rows named (METHOD-smollm2, METHOD-minilm), or all that are not there yet."""
+    names = [f"{method}-{base}" for base in ("smollm2", "minilm") for method in METHODS]
+    parser = argparse.ArgumentParser(description="Methods beside PEFT's.")
+    parser.add_argument("names", nargs="*", choices=[[], *names])
+    parser.add_argument("--pairs", type=int, default=3)
+    given = parser.parse_args()
+    found: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    base = load_base(BASE)
+    for name in given.names or [name for name in names if "ours" not in found.get(name, {})]:
+        method, which = name.rsplit("-", 1)
+        try:
+            if which == "smollm2":
+                found[name] = bench(replace(DECODER, name=name, adapter=METHODS[method]), base, given.pairs)
+            else:
+                adapter = METHODS[method] + " + head(pool=pooler)"
+                found[name] = classify.bench(side, peer_python(), given.pairs, matrix_limit, name=name, adapter=adapter, rows=TWEETS)
+        except SystemExit as failed:  # one side cannot do it: said, and the next one follows
+            found[name] = {"work": name, "failed": str(failed)[-600:]}
+        KEPT.write_text(json.dumps(found, indent=2) + "\n")
+        row = found[name]
+        print(
+            f"{name:<20} failed: {row['failed'].splitlines()[-1]}"
+            if "failed" in row
+            else f"{name:<20} {row['ours']:>8.1f} {row['peer']:>8.1f} {row['unit']:<9} {row['ratio']:>5.2f}x {row['ours_peak_mb']:>6} MB "
+            f"{row['peer_peak_mb']:>6} MB  losses differ by {row['largest_loss_difference_fp32']:.1e}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

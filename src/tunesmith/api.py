@@ -20,11 +20,12 @@ from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Reporter
 from tunesmith.core.record import Message, Record
 from tunesmith.engine.asking import Question
+from tunesmith.engine.mixing import Choice, chosen
 from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.sampler import Sampling
 from tunesmith.engine.server import Server, connect, is_server
-from tunesmith.evaluation.answering import answerer
+from tunesmith.evaluation.answering import InProcess, answerer
 from tunesmith.evaluation.classifying import label_logits
 from tunesmith.evaluation.evaluate import System
 from tunesmith.evaluation.evaluate import evaluate as judge
@@ -104,12 +105,15 @@ def train(
         return train_job(job, folder, model=model, resume_hint="ts.train(..., resume=True)")
 
 
-def open(system: Askable, *, reporter: Reporter | None = None) -> Model | Server:
+def open(system: Askable, *, reporter: Reporter | None = None, base: Base | None = None) -> Model | Server:
     """A model to ask: from a Base, a Model, a Run, or the name of a base, of a finished run ("runs/NAME") or of a server.
 
     A server is named by URL, "http://HOST:PORT/v1" or with "#MODEL"; for its other options: `connect`.
-    reporter: told when a base has to be fetched or converted first, or a server is asked again.
+    reporter: told when a base has to be fetched or converted first, or a server is asked again. base: of a finished run, where it
+    is loaded already; the run's adapters then stand beside those of other models on it.
     """
+    if base is not None and (not isinstance(system, str | Path) or not is_run(system)):
+        raise SpecError("base= is for a finished run, which is then opened on it.", hints=["ts.open('runs/NAME', base=base)"])
     if isinstance(system, Server):
         return system
     if isinstance(system, Run):
@@ -121,7 +125,7 @@ def open(system: Askable, *, reporter: Reporter | None = None) -> Model | Server
     if is_server(system):
         return connect(str(system), reporter=reporter)
     if is_run(system):
-        return open_run(system)
+        return open_run(system, base=base)
     base = load_base(str(system), reporter=reporter)
     return Model(base, name=base.name)
 
@@ -199,11 +203,13 @@ def generate(
     min_p: float = 0.0,
     stop: Sequence[str] = (),
     seed: int = 0,
+    adapters: Sequence[Choice] | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str | list[str]:
     """Answer a prompt (text, or a list of messages), or a list of them, through the model's chat template.
 
-    on_text: called with each piece of text as it appears (for one prompt).
+    adapters: for each prompt which adapters it goes through, all in one batch: the name of one that is attached to the model's
+    base, a Model on that base, or None for the base alone. on_text: called with each piece of text as it appears (for one prompt).
     """
     many = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
     dialogues: list[list[Message]] = [_dialogue(one) for one in (prompt if many else [prompt])]
@@ -211,10 +217,21 @@ def generate(
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, tuple(stop), seed)
     say = (lambda index, piece: on_text(piece)) if on_text is not None else None
     asked = answerer(model, shorten=False)
+    if adapters is not None:
+        asked = _mixture(model, adapters, len(dialogues))
     with asked.session():
         done = asked.answer([Question(messages) for messages in dialogues], sampling, on_text=say)
     texts = [one.text for one in done.replies]
     return texts if many else texts[0]
+
+
+def _mixture(model: Model | Server, adapters: Sequence[Choice], prompts: int) -> InProcess:
+    """Who answers where each prompt says which adapters it goes through."""
+    if isinstance(model, Server):
+        raise SpecError("a server chooses its adapters itself.", hints=["Name one as its model:  http://HOST:PORT/v1#MODEL"])
+    if len(adapters) != prompts:
+        raise SpecError(f"{len(adapters)} adapters for {prompts} prompts.", hints=["One for each, None for the base alone."])
+    return InProcess(model, shorten=False, each=chosen(model.base, adapters))
 
 
 def _dialogue(prompt: Any) -> list[Message]:

@@ -47,6 +47,10 @@ class BaseSpec(Section):
     system_turn: Literal["template", "user"] = Field(default="template", description="'user' joins system turns to the first user turn")
     template_variables: dict[str, Any] = Field(default_factory=dict, description="for the template, for example {enable_thinking: false}")
     new_tokens: list[str] = Field(default_factory=list, description="special tokens to add; their vectors are trained")
+    quantise: Literal["nf4", "fp4"] | None = Field(
+        default=None, description="keep the linear maps of the blocks in 4 bits (needs bitsandbytes); they compute in dtype"
+    )
+    double_quantisation: bool = Field(default=True, description="of a 4-bit base: the scales in 8 bits")
     trust_remote_code: bool = False
 
 
@@ -57,7 +61,7 @@ class DataSpec(Section):
     dev: str | int | float | None = Field(default=None, description="a source, '10%' of train, or a number of samples")
     test: str | int | float | None = Field(default=None, description="as dev; the questions that verdicts are taken on")
     columns: dict[str, str | int] = Field(default_factory=dict, description="role: column, for example {text: tweet, label: mood}")
-    shape: Literal["messages", "sharegpt", "alpaca", "prompt", "label", "text"] | None = None
+    shape: Literal["messages", "sharegpt", "alpaca", "prompt", "label", "value", "tokens", "choices", "text"] | None = None
     filter: dict[str, Any] = Field(default_factory=dict, description="column: condition, for example {confidence: '>= 0.8'}")
     stream: bool = Field(default=False, description="read and tokenise one sample at a time, and keep the rows on disk")
     balance: bool = Field(default=False, description="as many samples of every label; files named for dev and test stay as they are")
@@ -87,8 +91,17 @@ class TaskSpec(Section):
     """What is asked and how an answer is judged."""
 
     name: str = ""
-    kind: Literal["auto", "label", "generate"] = "auto"
-    labels: list[str] = Field(default_factory=list, description="default: those found in the training samples")
+    kind: Literal["auto", "label", "tags", "value", "choice", "generate"] = "auto"
+    labels: list[str] = Field(default_factory=list, description="default: those of the training samples; names of tags that are numbers")
+    scheme: Literal["auto", "IOB2", "IOB1", "BIOES", "plain"] = Field(
+        default="auto", description="how tags mark spans; plain: a tag a word; auto: as the training samples do"
+    )
+    illegal_tags: Literal["error", "repair"] = Field(
+        default="error", description="tags that break the scheme: refused, or an I or E that continues nothing begins a span"
+    )
+    subwords: Literal["auto", "first", "last", "all"] = Field(
+        default="auto", description="which pieces of a word have its tag; auto: the first on encoders, the last on decoders"
+    )
     system: str | None = Field(default=None, description="system turn; null leaves the template's default")
     instruction: str = Field(default="", description="written before the text; '{text}' marks its place, '{labels}' the labels")
     scoring: Literal["auto", "likelihood", "generation"] = Field(

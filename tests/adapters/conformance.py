@@ -19,6 +19,7 @@ from torch import Tensor
 
 from families import VOCABULARY, build_model
 from tunesmith.adapters import METHODS, Adapter, Way, attach, find_sites, save_adapter, states_width
+from tunesmith.bases.quantise import quantise
 from tunesmith.core.errors import TunesmithError
 from tunesmith.core.row import Row, Segment, segment, single
 from tunesmith.engine.forward import Forward
@@ -32,6 +33,7 @@ EXAMPLES: dict[str, str] = {
     "rslora": "rslora(rank=3, sites=[{qv}, o])",
     "lora_plus": "lora_plus(rank=3, sites=[{qv}])",
     "pissa": "pissa(rank=3, sites=[{qv}, o])",
+    "qlora": "qlora(rank=3, dropout=0, sites=[{qv}, o])",
     "dora": "dora(rank=3, sites=[{qv}, o])",
     "adalora": "adalora(rank=2, initial=3, sites=[{qv}])",
     "ia3": "ia3(sites=[{kv}, down])",
@@ -45,7 +47,9 @@ EXAMPLES: dict[str, str] = {
     "parallel": "parallel(sites=[attn, ffn])",
     "scaled_parallel": "scaled_parallel",
     "adapter_drop": "adapter_drop(reduction=4, init=lora)",
+    "fusion": "fusion(of=[{finished}])",
     "gate": "gate(of='lora(rank=3, sites=[{qv}]) + parallel')",
+    "lst": "lst(reduction=4)",
     "mam": "mam(tokens=3, hidden=8)",
     "unipelt": "unipelt(tokens=3, hidden=8, reduction=4, sites=[{qv}])",
     "bias": "bias(sites=[{qv}, o])",
@@ -68,6 +72,7 @@ NOT_THE_BASE_AT_FIRST: dict[str, str] = {
     "ptuning": "its tokens are there from the first step",
     "mam": "the tokens of its prefix are there from the first step",
     "unipelt": "the tokens of its prefix are there from the first step",
+    "fusion": "it begins as about the mean of the adapters that it joins",
     "houlsby": "its weights begin small, as in the paper, and not at zero",
 }
 """Methods that change what the base says as soon as they are attached, and why."""
@@ -81,6 +86,20 @@ SLOW = [
 ]
 FAMILIES = [*FAST, *SLOW]
 LABELS = ("a", "b", "c")
+FOUR_BITS = " in 4 bits"
+
+
+def base_for(method: str, family: str) -> str:
+    """The family, and how its base has to be kept for the method."""
+    return family + FOUR_BITS if method == "qlora" else family
+
+
+def build(base: str) -> Any:
+    """The model of a base as `base_for` names it. Raises BaseError where what it needs is not installed."""
+    model = build_model(base.removesuffix(FOUR_BITS))
+    if base.endswith(FOUR_BITS):
+        quantise(model)
+    return model
 
 
 def rows() -> list[Row]:
@@ -177,12 +196,15 @@ def expression_for(method: str, model: Any, expression: str = "") -> str:
     return re.sub(r"\{(\w+)\}", lambda found: names[found[1]], expression or EXAMPLES[method])
 
 
+_FOLDER = tempfile.TemporaryDirectory(prefix="tunesmith-test-")
+
+
 def _finished(model: Any) -> list[Path]:
     """Two adapters with values of their own, saved, and off the model again."""
     folders = []
     for seed, name in enumerate(("a", "b")):
-        folder = Path(tempfile.mkdtemp(prefix="tunesmith-test-")) / name
-        folder.mkdir()
+        folder = Path(_FOLDER.name) / name
+        folder.mkdir(exist_ok=True)
         adapter = attach(model, "pfeiffer(reduction=4, init=lora)", name=name, seed=seed)
         Case(Forward(model, packed=False, direct_head=False), adapter).shake(0.3)
         save_adapter(adapter, folder, base="tiny", fingerprint="")
@@ -204,8 +226,8 @@ def attached(method: str, forward: Forward, *, name: str = "default", expression
 
 def reason(method: str, family: str, model: Any = None) -> str:
     """Why a family cannot carry a method, in the product's own words; empty where it can."""
-    forward = probe(model or build_model(family))
     try:
+        forward = probe(model or build(base_for(method, family)))
         case = attached(method, forward, ready=False)
     except TunesmithError as refusal:
         return refusal.what

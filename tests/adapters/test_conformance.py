@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import EXAMPLES, FAMILIES, FAST, NOT_THE_BASE_AT_FIRST, Case, attached, flat_rows, rows, said
+from conformance import EXAMPLES, FAMILIES, FAST, NOT_THE_BASE_AT_FIRST, Case, attached, base_for, build, flat_rows, rows, said
 from torch import Tensor
 
-from families import build_model
-from tunesmith.adapters import METHODS, load_adapter, save_adapter
+from tunesmith.adapters import METHODS, load_adapter, routing, save_adapter
 from tunesmith.adapters.merging import merge, unmerge
 from tunesmith.adapters.sites import blocks
 from tunesmith.adapters.space import POINTS
@@ -38,6 +37,7 @@ DECODERS = [
 ]
 every = pytest.mark.parametrize(("method", "family"), CELLS)
 on_decoders = pytest.mark.parametrize(("method", "family"), DECODERS)
+on_llama = pytest.mark.parametrize(("method", "family"), [cell for cell in CELLS if cell.values[1] == "llama"])
 slowly = pytest.mark.parametrize(("method", "family"), [pytest.param(*c.values, marks=pytest.mark.wide, id=c.id) for c in CELLS])
 
 _LENT: dict[str, tuple[Forward, dict[str, Tensor]]] = {}
@@ -49,10 +49,11 @@ def lend() -> Iterator[Callable[..., Case]]:
     used: list[tuple[str, Case]] = []
 
     def make(method: str, family: str, *, shaken: bool = True, **options: Any) -> Case:
-        if family not in _LENT:
-            model = build_model(family)
-            _LENT[family] = probe(model), {name: value.clone() for name, value in model.named_parameters()}
+        family = base_for(method, family)
         try:
+            if family not in _LENT:
+                model = build(family)
+                _LENT[family] = probe(model), {name: value.clone() for name, value in model.named_parameters()}
             case = attached(method, _LENT[family][0], **options)
         except TunesmithError as refusal:
             assert refusal.what.endswith(".") and refusal.hints, f"a refusal without a way on: {refusal}"
@@ -120,7 +121,7 @@ def test_gradient_reaches_its_parameters_and_no_others(method: str, family: str,
 
 def unread(case: Case) -> set[str]:
     """Parameters of the base that its states, or its words, do not depend on: a masked word's head, biases of keys."""
-    model = build_model(next(name for name, (forward, _) in _LENT.items() if forward is case.forward)).requires_grad_(True)
+    model = build(next(name for name, (forward, _) in _LENT.items() if forward is case.forward)).requires_grad_(True)
     forward = Forward(model, packed=False, direct_head=False, causal=case.forward.causal, speaks=case.forward.speaks)
     said(forward, forward.pack(rows())).square().sum().backward()
     return {name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) < 1e-4}
@@ -252,6 +253,7 @@ def test_activations_computed_again_change_nothing(method: str, family: str, len
 @every
 def test_detached_it_leaves_the_base_bit_for_bit(method: str, family: str, lend: Callable[..., Case]) -> None:
     case = lend(method, family)
+    family = base_for(method, family)
     forward, weights = _LENT[family]
     case.adapter.detach()
     now = dict(case.model.named_parameters())
@@ -259,7 +261,7 @@ def test_detached_it_leaves_the_base_bit_for_bit(method: str, family: str, lend:
     assert all(torch.equal(now[name], value) for name, value in weights.items())
     assert not any(parameter.requires_grad for parameter in now.values())
     with torch.no_grad():
-        bare = probe(build_model(family))
+        bare = probe(build(family))
         assert torch.equal(said(forward, forward.pack(rows())), said(bare, bare.pack(rows())))
 
 
@@ -294,11 +296,31 @@ def test_merged_it_says_the_same_and_taken_out_again_too(method: str, family: st
 
 
 @every
+def test_beside_rows_of_the_base_its_own_say_the_same(method: str, family: str, lend: Callable[..., Case]) -> None:
+    case = lend(method, family)
+    name, given = case.adapter.name, flat_rows()
+    with torch.no_grad():
+        through = [case.said([row]) for row in given]
+        with case.adapter.disabled():
+            past = [case.said([row]) for row in given]
+        try:
+            with routing(case.model, [case.adapter]) as router:
+                case.forward.router = router
+                pack = case.forward.pack([*given, *given], [(name,) if number % 2 else () for number in range(2 * len(given))])
+                ours = said(case.forward, pack, case.adapter)
+        except AdapterError as refusal:
+            assert refusal.hints
+            pytest.skip(f"refused: {refusal.what}")
+        finally:
+            case.forward.router = None
+    wanted = [(past, through)[place % 2][place % len(given)] for place in pack.order]
+    assert close(ours, torch.cat(wanted))
+
+
+@on_llama
 def test_a_base_in_half_precision_carries_parameters_in_full(method: str, family: str) -> None:
-    if family != "llama":
-        pytest.skip("one family is enough")
     try:
-        case = attached(method, probe(build_model(family).to(torch.bfloat16)))
+        case = attached(method, probe(build(base_for(method, family)).to(torch.bfloat16)))
     except TunesmithError as refusal:
         pytest.skip(f"refused: {refusal.what}")
     case.shake(0.02)
@@ -309,14 +331,16 @@ def test_a_base_in_half_precision_carries_parameters_in_full(method: str, family
 
 @slowly
 def test_attached_after_compiling_it_is_seen(method: str, family: str, lend: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compiling, "BACKEND", "eager")  # what is asked is whether Dynamo sees the hooks
     torch._dynamo.reset()
     first = lend("lora", family, name="before")
     wanted = lend(method, family)
     truth = wanted.gradients(rows())
     wanted.adapter.detach()
-    with first.forward.held(), compiled(first.model, True, pytest.fail):
-        first.gradients(rows())
+    with compiled(first.model, True, pytest.fail):
+        with first.forward.held():
+            first.gradients(rows())
         late = lend(method, family)
-        all_close(late.gradients(rows()), truth, 2e-4)
+        with late.forward.held():
+            all_close(late.gradients(rows()), truth, 2e-4)
     torch._dynamo.reset()

@@ -25,6 +25,7 @@ def calls(text: str) -> list[tuple[str, dict[str, object]]]:
         ("a(x=30) + b(sites=[ffn], parallel)", [("a", {"x": 30}), ("b", {"sites": ["ffn"], "parallel": True})]),
         ("x(parallel, a=1)", [("x", {"parallel": True, "a": 1})]),
         ("x(sites=[down.in, attn.kv], one=block.out)", [("x", {"sites": ["down.in", "attn.kv"], "one": "block.out"})]),
+        ("x(of=[runs/a, ./b-2/c.d], one=/e/2f, c='g, h/i')", [("x", {"of": ["runs/a", "./b-2/c.d"], "one": "/e/2f", "c": "g, h/i"})]),
         ("x(a=-1, b=2e-4, c='d.e, f')", [("x", {"a": -1, "b": 2e-4, "c": "d.e, f"})]),
         ("x(d=true, e=false, f=none, g=(1, 2))", [("x", {"d": True, "e": False, "f": None, "g": [1, 2]})]),
         ("x(a=1)\n  + y(b)\n", [("x", {"a": 1}), ("y", {"b": True})]),

@@ -285,7 +285,7 @@ def test_malformed_turns_are_named(refused: Any, turns: list[Any], part: str) ->
         ({"messages": "hello"}, "no column is known"),
         ({"messages": ["a", "b"]}, "is no dialogue"),
         ({"a": 1, "b": 2}, "data.columns.text=NAME"),
-        ({"tokens": ["a"], "ner_tags": ["O"]}, "not read yet"),
+        ({"tokens": ["a"], "ner_tags": "O"}, "no list of tags"),
         ({"text": "a", "label": [1, 2]}, "several labels"),
         ({"text": "a", "label": 0.37}, "score"),
         ({"text": ["a"], "label": "b"}, "not a text"),

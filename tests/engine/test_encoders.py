@@ -107,7 +107,7 @@ def test_long_texts_take_every_path_of_the_attention_and_compute_the_same(
 ) -> None:
     model = build("modernbert", local_attention=window) if window else build("bert")
     forward = probe(model)
-    monkeypatch.setattr("tunesmith.engine.pack.LONG", 100)
+    monkeypatch.setattr("tunesmith.engine.buckets.LONG", 100)
     monkeypatch.setattr(attention, "_BLOCK", block)
     drawn = torch.randint(3, 90, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     pack = forward.pack([single(drawn[:40], False), single(drawn[40:52], False), single(drawn[52:], False)])

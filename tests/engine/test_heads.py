@@ -22,6 +22,7 @@ Build = Callable[..., Any]
 LENGTHS = (9, 4, 23, 4, 13)
 CASES = [
     ("bert-bare", "pooler"),
+    ("albert-bare", "pooler"),
     *((name, pool) for name in ("bert", "roberta", "llama", "gemma3") for pool in ("first", "last", "mean")),
 ]
 

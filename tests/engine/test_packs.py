@@ -101,7 +101,7 @@ def test_long_segments_are_trained_in_blocks_and_compute_the_same(
     model = build(family)
     forward = probe(model)
     named = trained(model, "lora")
-    monkeypatch.setattr("tunesmith.engine.pack.LONG", 20)
+    monkeypatch.setattr("tunesmith.engine.buckets.LONG", 20)
     monkeypatch.setattr(attention, "_BLOCK", block)
     spans: list[int] = []
     original = attention._spans
@@ -120,7 +120,7 @@ def test_long_segments_take_the_fused_kernel_where_nothing_is_trained_and_comput
     forward = probe(model)
     fused = []
     original = attention._fused
-    monkeypatch.setattr("tunesmith.engine.pack.LONG", 20)
+    monkeypatch.setattr("tunesmith.engine.buckets.LONG", 20)
     monkeypatch.setattr(attention, "_fused", lambda *args: fused.append(args[3]) or original(*args))
     with torch.no_grad():
         got, wanted = forward(build_pack(rows)).log_probs, alone(model, rows)

@@ -20,8 +20,9 @@ from tunesmith.adapters.attach import Adapter, attach
 from tunesmith.adapters.bottleneck import Bottleneck
 from tunesmith.adapters.exchange import exchange_for
 from tunesmith.adapters.files import load_adapter, save_adapter
+from tunesmith.adapters.fusion import Fusion
 from tunesmith.adapters.gates import Gate
-from tunesmith.adapters.heads import POOLS, Pool, TaskHead, Way, states_width
+from tunesmith.adapters.heads import POOLS, Pool, Says, TaskHead, Way, states_width
 from tunesmith.adapters.ia3 import Scaled
 from tunesmith.adapters.inplace import AddedBias
 from tunesmith.adapters.lowrank import Directed, FasterB, Principal
@@ -29,6 +30,8 @@ from tunesmith.adapters.merging import merge, unmerge, untie
 from tunesmith.adapters.methods import METHODS, plan
 from tunesmith.adapters.prefixes import Prefix
 from tunesmith.adapters.prompts import EncodedPrompt, Prompt
+from tunesmith.adapters.routing import Route, Router, routing
+from tunesmith.adapters.side import Rung
 from tunesmith.adapters.sites import find_sites, find_sublayers, select
 from tunesmith.adapters.sparse import Entries, Gated
 from tunesmith.adapters.virtual import VirtualTokens, remembering, standing, virtual_among, vocabulary_of
@@ -46,12 +49,17 @@ __all__ = [
     "Entries",
     "FasterB",
     "Fit",
+    "Fusion",
     "Gate",
     "Gated",
     "Pool",
     "Prefix",
     "Principal",
     "Prompt",
+    "Route",
+    "Router",
+    "Rung",
+    "Says",
     "Scaled",
     "TaskHead",
     "Triplets",
@@ -75,6 +83,7 @@ __all__ = [
     "plain",
     "plan",
     "remembering",
+    "routing",
     "save_adapter",
     "select",
     "stack",

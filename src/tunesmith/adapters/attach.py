@@ -30,6 +30,7 @@ class Adapter:
     under the path with ~ and their method. trained: path -> parameter of the
     base trained in place. rows: module path -> vectors of new words. head: None until its labels are known (`give_head`).
     virtual: method -> tokens of its own that stand among those of a text. finished: name -> expression of adapters that it joins.
+    digest: of its file, once it has one.
     """
 
     def __init__(self, model: nn.Module, expression: str, name: str = "default") -> None:
@@ -40,9 +41,11 @@ class Adapter:
         self.rows: dict[str, TokenRows] = {}
         self.head: TaskHead | None = None
         self.finished: dict[str, str] = {}
+        self.digest = ""
         self.virtual: dict[str, VirtualTokens] = {}
         self.merged: frozenset[str] = frozenset()  # paths of the base's parameters that hold it
         self._active = True
+        self._sites: dict[str, nn.Module] = {}
         self._kept: dict[str, Tensor] = {}  # what in-place training overwrote; while switched off, what it learned
 
     @property
@@ -238,9 +241,9 @@ class Adapter:
             )
         self._active = active
         for path, form in self.forms.items():
-            form.active = active and (form.writes or not self.merged)
+            form.__dict__["active"] = active and (form.writes or not self.merged)
             form.settle()
-            refresh_forms(self.model.get_submodule(module_path(path)))
+            refresh_forms(self._site(path))
         for name in (*self.trained, *self.merged):
             parameter = self.model.get_parameter(name)
             before = parameter.detach()
@@ -253,8 +256,14 @@ class Adapter:
             tokens.active = active
             for path, given in tokens.forms.items():
                 given.active = active
-                refresh_forms(self.model.get_submodule(path))
+                refresh_forms(self._site(path))
             refresh_tokens(self.model)
+
+    def _site(self, path: str) -> nn.Module:
+        """The module at which the form of this path listens, looked up once."""
+        if path not in self._sites:
+            self._sites[path] = self.model.get_submodule(module_path(path))
+        return self._sites[path]
 
     def _remove(self) -> None:
         for path in self.forms:
@@ -276,7 +285,7 @@ class Adapter:
         for parameter in self.trained.values():
             parameter.requires_grad_(False)
         self.forms, self.trained, self.rows, self.virtual, self._kept, self.head = {}, {}, {}, {}, {}, None
-        self.merged = frozenset()
+        self._sites, self.merged = {}, frozenset()
 
 
 def _take(own: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
@@ -299,6 +308,7 @@ def attach(
     encode: Encode | None = None,
     fingerprint: str | None = None,
     finished: Mapping[str, str] | None = None,
+    beneath: Sequence[str] = (),
 ) -> Adapter:
     """Attach an adapter by its expression, for example "lora(rank=16, sites=[q, v])".
 
@@ -306,6 +316,7 @@ def attach(
     keep_original: keep what in-place methods overwrite, so that `detach` works (costs a copy of those weights).
     seed: of the initial values. encode: text to token ids, for methods that begin with words. fingerprint: of the base, for methods
     that join finished adapters. finished: expressions of these, by name, where their values are to be restored and not read.
+    beneath: digests of the adapters that it stands on, which these have to have stood on too.
     Raises AdapterError where the model cannot carry it, and then leaves it as it was.
     """
     if not name or "." in name:
@@ -316,7 +327,7 @@ def attach(
             torch.manual_seed(seed)
             for part in adapter.plans:
                 if part.resolve is not None:
-                    part = part.resolve(finished, fingerprint)
+                    part = part.resolve(finished, fingerprint, beneath)
                     adapter.finished |= part.finished
                 if part.make is not None:
                     _listen(adapter, part)

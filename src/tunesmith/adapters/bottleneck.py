@@ -110,7 +110,7 @@ def pfeiffer(
 
     Pfeiffer et al. 2021 · 2005.00247, in the form that He et al. 2022 · 2110.04366 give it. Starts near the base. Options as in
     bottleneck. Trains d^2 / 8 values a layer at the default reduction. When to use it: as the first of the adapters with a
-    bottleneck.
+    bottleneck, and for what `fusion` is to join.
     """
     shape = Shape(reduction, bottleneck, nonlinearity=nonlinearity, init=init, dropout=dropout)
     return plan_bottleneck("pfeiffer", ("ffn",), shape, drop, layers)

@@ -52,7 +52,8 @@ def counts(adapter: Adapter, *, ranks: bool = True) -> Counts:
             if ranks:
                 found[path] = rank_of(matrix)
         changed += sum(int(value.count_nonzero()) for value in change.other.values())
-    base = sum(p.numel() for path, p in adapter.model.named_parameters() if not any(part.startswith("ts_") for part in path.split(".")))
+    own = (p for path, p in adapter.model.named_parameters() if not any(part.startswith("ts_") for part in path.split(".")))
+    base = sum(p.numel() * (1 if p.is_floating_point() else 2) for p in own)  # a byte of a 4-bit map holds two values
     return Counts(base, adapter.trainable(), changed, found, stored_bytes(adapter), flops_of(adapter), why_not_merged(adapter))
 
 

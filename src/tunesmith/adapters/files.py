@@ -7,7 +7,9 @@ stored as PEFT stores that of transformers' ...ForSequenceClassification models.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from tunesmith.adapters.attach import Adapter, attach
 from tunesmith.adapters.exchange import EXCHANGES, Exchange, exchange_for, fan_in_fan_out
-from tunesmith.adapters.heads import Pool, TaskHead, Way, states_width
+from tunesmith.adapters.headfiles import FoundHead, find_head
+from tunesmith.adapters.heads import Pool, Says, TaskHead, Way, states_width
 from tunesmith.core.errors import AdapterError
 
 WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "tunesmith.json"
@@ -27,11 +30,12 @@ OWN = "tunesmith.safetensors"
 """What was trained, where PEFT keeps only what came of it."""
 _PREFIX = "base_model.model."
 _FORMAT = 1
+_TASK_TYPES = {"label": "SEQ_CLS", "value": "SEQ_CLS", "tags": "TOKEN_CLS", "choice": None}  # PEFT knows no multiple choice
 _ROWS = ".token_adapter.trainable_tokens_delta"
 
 
-def save_adapter(adapter: Adapter, folder: Path, *, base: str, fingerprint: str) -> None:
-    """Write the adapter's folder (which must exist). base, fingerprint: what it belongs to."""
+def save_adapter(adapter: Adapter, folder: Path, *, base: str, fingerprint: str, beneath: Sequence[str] = ()) -> None:
+    """Write the adapter's folder (which must exist). base, fingerprint, beneath (digests of adapters under it): what it belongs to."""
     kind = exchange_for(adapter)
     tensors = adapter.stored() if kind is None else _peft_tensors(adapter, kind)
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
@@ -48,6 +52,9 @@ def save_adapter(adapter: Adapter, folder: Path, *, base: str, fingerprint: str)
         "fingerprint": fingerprint,
         "new_words": words,
     }
+    adapter.digest = ours["digest"] = _digest(folder / WEIGHTS, adapter.expression)
+    if beneath:
+        ours["beneath"] = list(beneath)
     if adapter.finished:
         ours["finished"] = adapter.finished
     if adapter.head is not None:
@@ -63,16 +70,23 @@ def load_adapter(model: nn.Module, folder: Path, *, fingerprint: str | None = No
     """
     tensors = _read(folder / WEIGHTS)
     ours = _ours(folder, fingerprint)
+    theirs: FoundHead | None = None
+    head: dict[str, Any] | None = None
     if ours is not None:
         expression, words, head = ours["expression"], ours["new_words"], ours.get("head")
     else:
         config = _json(folder / CONFIG)
-        expression, words, head = _expression(config, tensors, folder), _token_indices(config, folder), None
+        theirs = _their_head(model, config, tensors, folder)
+        plain = (config, tensors) if theirs is None else (theirs.config, theirs.rest)
+        expression, words = _expression(*plain, folder), _token_indices(config, folder)
     finished = {} if ours is None else _finished(ours, folder)
+    digest = _digest(folder / WEIGHTS, expression) if ours is None else str(ours.get("digest", ""))
     adapter = attach(model, expression, name=name, new_words=words, encode=lambda text: [0], finished=finished)  # values are read below
     try:
         if head is not None:
             _head(adapter, head, folder)
+        elif theirs is not None:
+            adapter.give_head(states_width(model), theirs.labels, theirs.way)
         state = tensors
         kind = exchange_for(adapter)
         if ours is not None and kind is not None and kind.bare and (folder / OWN).exists():
@@ -82,10 +96,19 @@ def load_adapter(model: nn.Module, folder: Path, *, fingerprint: str | None = No
         if ours is None:  # a table that the file leaves as it is keeps its rows
             state = {f"{path}.rows": rows.rows.detach() for path, rows in adapter.rows.items()} | state
         adapter.restore(state)
+        adapter.digest = digest
     except AdapterError as cause:
         adapter.detach()
         raise AdapterError(cause.what, where=cause.where or str(folder), hints=cause.hints) from None
     return adapter
+
+
+def _digest(weights: Path, expression: str) -> str:
+    """Of what an adapter computes: its weights' file, and its expression, which holds scales and the like."""
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256")
+    found.update(expression.encode())
+    return found.hexdigest()
 
 
 def _finished(ours: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -96,17 +119,25 @@ def _finished(ours: dict[str, Any], folder: Path) -> dict[str, str]:
     return found
 
 
-def read_finished(run: Path, fingerprint: str | None) -> tuple[str, dict[str, Tensor]]:
+def read_finished(run: Path, fingerprint: str | None, beneath: Sequence[str]) -> tuple[str, dict[str, Tensor]]:
     """Expression and values of the adapter that a finished run left, or of an adapter's own folder, in our format.
 
-    fingerprint: of the base that it is to be used on. Raises AdapterError where there is none, or one of another base.
+    fingerprint, beneath: of the base that it is to be used on, and digests of the adapters on that. Raises AdapterError where there
+    is none, or one that was made for another base or stood on other adapters.
     """
     folder = next((each for each in (run / "adapter", run / "train" / "adapter", run) if (each / WEIGHTS).exists()), None)
     if folder is None:
         raise AdapterError("there is no finished adapter here.", where=str(run), hints=["Train it first, to its end."])
     ours = _ours(folder, fingerprint)
     if ours is None:
-        raise AdapterError("there is an adapter of the peft library here, which has none of ours to join.", where=str(folder))
+        what = "there is an adapter of the peft library here, which knows no method with a bottleneck."
+        raise AdapterError(what, where=str(folder), hints=["Train one here:  adapter: pfeiffer"])
+    if ours.get("beneath", []) != list(beneath):
+        raise AdapterError(
+            "the adapter was trained above other adapters than those that are here, without which it computes something else.",
+            where=str(folder),
+            hints=["Begin with what its run began with:  base: runs/FIRST"],
+        )
     return ours["expression"], _read(folder / WEIGHTS)
 
 
@@ -129,12 +160,20 @@ def _ours(folder: Path, fingerprint: str | None) -> dict[str, Any] | None:
     return values
 
 
+def _their_head(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> FoundHead | None:
+    """The head of a file of PEFT's, if it has one."""
+    try:
+        return find_head(model, config, {key.removeprefix(_PREFIX): value for key, value in tensors.items()})
+    except AdapterError as cause:
+        raise AdapterError(cause.what, where=str(folder), hints=cause.hints) from None
+
+
 def _head(adapter: Adapter, values: dict[str, Any], folder: Path) -> None:
     """Put on the head that `tunesmith.json` describes."""
     try:
         labels, way = [str(label) for label in values["labels"]], Way(**{key: value for key, value in values.items() if key != "labels"})
-        if way.pool not in get_args(Pool):
-            raise ValueError(f"unknown pool {way.pool!r}")
+        if way.pool not in get_args(Pool) or way.says not in get_args(Says):
+            raise ValueError(f"unknown pool {way.pool!r} or answer {way.says!r}")
         adapter.give_head(states_width(adapter.model), labels, way)
     except (KeyError, TypeError, ValueError) as cause:
         raise AdapterError(f"the description of the head is damaged: {cause!r}.", where=str(folder / OURS)) from None
@@ -158,8 +197,8 @@ def _outer(adapter: Adapter) -> str:
 
 
 def _head_names(head: TaskHead) -> dict[str, str]:
-    """Names in transformers' ...ForSequenceClassification -> ours. Decoders call the map `score`, and it has no bias."""
-    root = "classifier" if head.way.bias else "score"
+    """Names in transformers' ...ForSequenceClassification (or ForTokenClassification, ForMultipleChoice) -> ours."""
+    root = head.way.root
     parts = {f"{root}.dense": "hidden", f"{root}.out_proj": "out"} if head.way.hidden else {root: "out"}
     return {f"{theirs}.{kind}": f"ts_head.{ours}.{kind}" for theirs, ours in parts.items() for kind in ("weight", "bias")}
 
@@ -206,14 +245,14 @@ def _peft_config(adapter: Adapter, kind: Exchange, base: str) -> dict[str, Any]:
     config: dict[str, Any] = {
         "peft_type": kind.peft_type,
         "base_model_name_or_path": base,
-        "task_type": "CAUSAL_LM" if adapter.head is None else "SEQ_CLS",
+        "task_type": "CAUSAL_LM" if adapter.head is None else _TASK_TYPES[adapter.head.way.says],
         "inference_mode": True,
         **kind.config(adapter, outer),
     }
     if not kind.bare:
         config |= {"fan_in_fan_out": fan_in_fan_out(adapter), "target_modules": [f"{outer}{path}" for path in adapter.forms]}
     if adapter.head is not None:
-        config["modules_to_save"] = ["classifier" if adapter.head.way.bias else "score"]
+        config["modules_to_save"] = [adapter.head.way.root]
     if adapter.rows:
         config["trainable_token_indices"] = {path.rsplit(".", 1)[-1]: rows.words.tolist() for path, rows in adapter.rows.items()}
     return config

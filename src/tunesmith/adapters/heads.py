@@ -17,16 +17,34 @@ token (the last one, for whole texts), or the mean over the path."""
 
 POOLS: tuple[str, ...] = ("auto", *get_args(Pool))
 
+Says = Literal["label", "tags", "value", "choice"]
+"""What a head says: a label of a text, a tag of each word, a number, or how well a candidate answers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a head was made and reads. limit: texts are shortened to so many tokens, as in training; None: they are not."""
+    """How a head was made and reads. limit: texts are shortened to so many tokens, as in training; None: they are not.
+
+    says: what its outputs are. mean, deviation: of the values that a number was learned from; its output is in deviations
+    from the mean. subwords: pieces of a word that it was trained at ("first", "last", "all"). theirs: what transformers
+    calls such a head on this base; "" for what the bias tells.
+    """
 
     pool: Pool
     hidden: int = 0
     dropout: float = 0.0
     bias: bool = True
     limit: int | None = None
+    says: Says = "label"
+    mean: float = 0.0
+    deviation: float = 1.0
+    subwords: str = "first"
+    theirs: str = ""
+
+    @property
+    def root(self) -> str:
+        """What transformers calls such a head."""
+        return self.theirs or ("classifier" if self.bias else "score")
 
 
 class TaskHead(nn.Module):

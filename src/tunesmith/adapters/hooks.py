@@ -24,9 +24,15 @@ def join(module: Any, key: str, form: Form) -> None:
 
 def refresh_forms(module: Any) -> None:
     """Which forms listen at a site: those switched on, in the order in which they were attached, those that are `last` last."""
-    active = sorted((form for form in module.ts_forms.values() if form.active and not form.left_out), key=lambda form: form.last)
-    module.ts_before = tuple(form for form in active if form.before)
-    module.ts_active = tuple(form for form in active if not form.before)
+    active = [form for form in module.ts_forms.values() if form.active and not form.left_out]
+    if len(active) > 1:
+        active.sort(key=lambda form: form.last)
+    own = module.__dict__  # what a module's __setattr__ does besides costs more than all the rest
+    own["ts_before"] = tuple([form for form in active if form.before])
+    own["ts_active"] = tuple([form for form in active if not form.before])
+    router = own.get("ts_router")
+    if router is not None:  # rows of several adapters go through at once
+        router.stand_at(module)
 
 
 def _enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

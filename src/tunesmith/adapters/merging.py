@@ -119,7 +119,10 @@ def _check(adapter: Adapter) -> None:
         if widths(module) is not None and is_quantised(module):
             raise AdapterError(
                 f"'{adapter.expression}' cannot be merged: the weight at {path} is quantised, and rounding would change the answers.",
-                hints=["Load the base without quantisation and merge there."],
+                hints=[
+                    "Make the base floating-point again, in all its memory:  tunesmith export RUN FOLDER --profile merged --dequantise",
+                    _CONVERT,
+                ],
             )
         if f"{path}.weight" in tied:
             raise AdapterError(

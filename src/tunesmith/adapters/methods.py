@@ -34,7 +34,7 @@ class Plan:
     at the same site. form: options of the form, as PEFT's files have them. pick: which parameters of the base are trained, by
     path; raises AdapterError where there are none. lr: learning rate where none is given. sublayers: it may listen at sub-layers.
     lowest: layers below do without. resolve: makes the whole plan once the finished adapters that it joins are known, from their
-    expressions by name (None: to be read) and the base's fingerprint. finished: these expressions.
+    expressions by name (None: to be read), the base's fingerprint and digests of the adapters on it. finished: these expressions.
     """
 
     method: str
@@ -50,7 +50,7 @@ class Plan:
     make_tokens: Callable[[Any, Encode | None], VirtualTokens] | None = None
     sublayers: bool = False
     lowest: int = 0
-    resolve: Callable[[Mapping[str, str] | None, str | None], Plan] | None = None
+    resolve: Callable[[Mapping[str, str] | None, str | None, Sequence[str]], Plan] | None = None
     finished: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -42,7 +42,8 @@ _POST_NORMS = {
 @dataclass(frozen=True, slots=True)
 class Site:
     """One place. name: "q", "down", "attn", ... layer: block number from 0, or -1 outside of blocks. path: module path. inputs, outputs:
-    widths. source: of a sub-layer, the path of the module that its input enters, where `module` is the one that its output leaves.
+    widths. source: of a sub-layer, the path of the module that its input enters, where `module` is the one that its output leaves. calls:
+    layers that share the block.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Site:
     inputs: int
     outputs: int
     source: str = ""
+    calls: int = 1
 
 
 def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -101,6 +103,8 @@ def find_sublayers(model: nn.Module) -> list[Site]:
     """
     root, layers = blocks(model)
     found: list[Site] = []
+    config: Any = getattr(model, "config", None)
+    calls = max(1, (getattr(config, "num_hidden_layers", None) or 1) // len(layers))
     every = [site for site in find_sites(model) if not _CROSS.search(site.path)]
     for number, block in enumerate(layers):
         linear = [site for site in every if site.layer == number]
@@ -117,7 +121,7 @@ def find_sublayers(model: nn.Module) -> list[Site]:
                 path = _behind(block, name, f"{root}.{number}.") or leaving.path
                 found.append(Site(name, number, path, model.get_submodule(path), source.inputs, width, source.path))
         if width:
-            found.append(Site("block", number, f"{root}.{number}", block, width, width))
+            found.append(Site("block", number, f"{root}.{number}", block, width, width, calls=calls))
     return found
 
 

@@ -142,11 +142,14 @@ def vocabulary_of(model: Any) -> int:
     return int(_embedding(model).weight.shape[0])
 
 
-def standing(model: Any) -> tuple[VirtualTokens, ...]:
-    """The virtual tokens that are switched on, first attached first."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+def standing(model: Any, names: Sequence[str] | None = None) -> tuple[VirtualTokens, ...]:
+    """The virtual tokens that are switched on, first attached first; names: of adapters, where those of some only are meant."""
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     found: tuple[VirtualTokens, ...] = () if embedding is None else embedding.__dict__.get("ts_virtual_on", ())
-    return found
+    if names is None or not found:
+        return found
+    owners = {id(tokens): key.split("~")[0] for key, tokens in embedding.ts_virtual.items()}
+    return tuple(tokens for tokens in found if owners[id(tokens)] in names)
 
 
 def join_tokens(model: Any, key: str, tokens: VirtualTokens) -> None:

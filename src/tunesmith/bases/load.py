@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from tunesmith.bases.base import Base, Kind, Special, SystemTurn
+from tunesmith.bases.base import Base, Kind, Quantised, Special, SystemTurn
 from tunesmith.bases.fingerprint import INDEX, fingerprint, weight_files
 from tunesmith.bases.hardware import pick_device, pick_dtype
 from tunesmith.bases.kinds import decide_kind, first_line, read_config
@@ -36,6 +37,8 @@ def load_base(
     template_variables: Mapping[str, Any] | None = None,
     new_tokens: Sequence[str] = (),
     kind: str = "auto",
+    quantise: Quantised | None = None,
+    double_quantisation: bool = True,
     reporter: Reporter | None = None,
 ) -> Base:
     """Load a model to adapt: in eval mode, with no parameter asking for a gradient.
@@ -47,6 +50,8 @@ def load_base(
     tokens ("trust"). system_turn: "template" gives system turns to the template, "user" joins them to the first user turn.
     template_variables: more names for the template, as in {"enable_thinking": False}. new_tokens: special tokens to add.
     kind: "auto", "decoder" or "encoder"; only checks where the model says itself what it is.
+    quantise: "nf4" or "fp4" keeps the linear maps of the blocks in 4 bits, quantised as they are read; they compute in dtype.
+    double_quantisation: the scales of 4-bit maps are kept in 8 bits. Needs bitsandbytes.
     reporter: is told before a package is fetched or a GGUF file converted, which may take a while.
 
     Raises BaseError or FetchError, saying what to do, where the source does not exist, is damaged, or is a model of a
@@ -57,6 +62,10 @@ def load_base(
     for option, value, known in (("special", special, get_args(Special)), ("system_turn", system_turn, get_args(SystemTurn))):
         if value not in known:
             raise unknown(f"value of base.{option}", value, known)
+    if quantise is not None:
+        from tunesmith.bases.quantise import check_kind
+
+        check_kind(quantise)
     text = None if template is None else PLAIN if template == PLAIN else read_template(template)
     located = locate(where, revision=revision, remote_code=trust_remote_code, reporter=reporter or Quiet())
     folder = located.folder
@@ -65,7 +74,8 @@ def load_base(
     check_weights(folder, where)
     chosen_dtype, reason = pick_dtype(chosen_device, dtype)
     tokenizer = load_tokenizer(folder, where, remote_code=trust_remote_code)
-    model, notes = _load_model(folder, where, config, found, chosen_dtype, remote_code=trust_remote_code)
+    bits = _FourBits(quantise, double_quantisation, chosen_device) if quantise is not None else None
+    model, notes = _load_model(folder, where, config, found, chosen_dtype, remote_code=trust_remote_code, bits=bits)
     notes += _check_vocabulary(model, tokenizer)
     if text not in (None, PLAIN):
         tokenizer.chat_template = text
@@ -90,6 +100,7 @@ def load_base(
         system_turn=system_turn,
         template_variables=dict(template_variables or {}),
         new_token_ids=new_ids,
+        quantise=quantise,
         decisions=[*located.notes, f"dtype: {reason}", *notes],
     )
 
@@ -131,14 +142,26 @@ def _no_weights(folder: Path, where: str) -> BaseError:
     return BaseError("the folder has no model.safetensors (pickle weights are never loaded).", where=where, hints=hints)
 
 
-def _load_model(folder: Path, where: str, config: Any, kind: Kind, dtype: torch.dtype, *, remote_code: bool) -> tuple[Any, list[str]]:
-    """Model in `dtype` on the CPU and notes on what its checkpoint lacks or has too much."""
+@dataclass(frozen=True, slots=True)
+class _FourBits:
+    """How the linear maps of the blocks are kept. device: where they are quantised."""
+
+    kind: Quantised
+    double: bool
+    device: torch.device
+
+
+def _load_model(
+    folder: Path, where: str, config: Any, kind: Kind, dtype: torch.dtype, *, remote_code: bool, bits: _FourBits | None
+) -> tuple[Any, list[str]]:
+    """Model in `dtype`, on the CPU unless it is quantised, and notes on what its checkpoint lacks or has too much."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
     names = getattr(config, "architectures", None) or []
     masked = kind == "encoder" and any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in names)
     loader: Any = AutoModelForCausalLM if kind == "decoder" else AutoModelForMaskedLM if masked else AutoModel
+    _check_floating(config, bits, where)
     try:
         # rows that the checkpoint lacks are drawn at random: from a seed of their own, and without touching the caller's
         with quiet(), torch.random.fork_rng(devices=[]):
@@ -151,10 +174,44 @@ def _load_model(folder: Path, where: str, config: Any, kind: Kind, dtype: torch.
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                **({} if bits is None else _quantising(loader, config, bits, dtype, remote_code)),
             )
     except Exception as cause:  # model classes raise whatever they like; ours is to say which model and why
         raise BaseError(f"the model cannot be loaded: {first_line(cause)}", where=where) from cause
-    return model, _check_loaded(info, kind, where)
+    notes = _check_loaded(info, kind, where)
+    return model, notes if bits is None else [*notes, _adopted(model, bits, where)]
+
+
+def _quantising(loader: Any, config: Any, bits: _FourBits, dtype: torch.dtype, remote_code: bool) -> dict[str, Any]:
+    """What to tell transformers beside the rest."""
+    import torch
+
+    from tunesmith.bases.quantise import loading
+
+    with torch.device("meta"):
+        skeleton = loader.from_config(config, trust_remote_code=remote_code)
+    return loading(bits.kind, bits.double, dtype, bits.device, skeleton)
+
+
+def _adopted(model: Any, bits: _FourBits, where: str) -> str:
+    """Make the quantised maps ours, and say what there are."""
+    from tunesmith.bases.quantise import adopt
+
+    count = adopt(model)
+    if not count:
+        raise BaseError(f"{type(model).__name__} has no linear maps in repeated layers, so there is nothing to quantise.", where=where)
+    return f"quantised: {count} linear maps of the blocks in {bits.kind}{', scales in 8 bits' if bits.double else ''}"
+
+
+def _check_floating(config: Any, bits: _FourBits | None, where: str) -> None:
+    """Refuse a checkpoint that is quantised already where it would have to be quantised here, or is one of bitsandbytes."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    made = str(found.get("quant_method", "unknown") if isinstance(found, Mapping) else getattr(found, "quant_method", "unknown"))
+    if bits is not None or "bitsandbytes" in made.lower():
+        what = f"the checkpoint holds weights that are quantised already ({made})."
+        raise BaseError(what, where=where, hints=["Take the original, and keep it in 4 bits here:  base.quantise=nf4"])
 
 
 def _check_loaded(info: dict[str, Any], kind: Kind, where: str) -> list[str]:

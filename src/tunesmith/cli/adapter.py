@@ -17,6 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="Convert, resize and combine what r
 RunName = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, such as runs/reviews.", show_default=False)]
 Target = Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the result goes.", show_default=False)]
 Dtype = Annotated[str, typer.Option("--dtype", help="fp32, bf16 or fp16; default: the run's own.")]
+Dequantise = Annotated[bool, typer.Option("--dequantise", help="Of a 4-bit base: write it floating-point, which takes its full memory.")]
 
 
 @app.command("convert")
@@ -72,13 +73,13 @@ def combine(
 
 
 @app.command("merge")
-def merge(run: RunName, folder: Target, dtype: Dtype = "auto") -> None:
+def merge(run: RunName, folder: Target, dtype: Dtype = "auto", dequantise: Dequantise = False) -> None:
     """The base with the run in its weights, as a transformers model. The same as export --profile merged.
 
     Example:
       tunesmith adapter merge runs/reviews merged --dtype fp32
     """
-    export(run, folder, profile="merged", dtype=dtype)
+    export(run, folder, profile="merged", dtype=dtype, dequantise=dequantise)
 
 
 def export(
@@ -87,6 +88,7 @@ def export(
     profile: Annotated[str, typer.Option("--profile", help="peft, vllm or merged.")] = "peft",
     rank: Annotated[int | None, typer.Option("--rank", help="For vllm: cut to so many ranks.", show_default=False)] = None,
     dtype: Dtype = "auto",
+    dequantise: Dequantise = False,
 ) -> None:
     """Write a finished run in the form that another program reads.
 
@@ -100,7 +102,7 @@ def export(
     from tunesmith.serve.export import export as write
 
     check_profile(profile)  # before a base is loaded
-    notes = write(open_run(run, dtype=dtype), folder, profile, rank=rank)
+    notes = write(open_run(run, dtype=dtype), folder, profile, rank=rank, dequantise=dequantise)
     stdout().print(f"exported  {folder} · " + "\n          ".join(notes), soft_wrap=True)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tunesmith.core.progress import Reporter
     from tunesmith.core.record import Message, Record
+    from tunesmith.core.row import Row
     from tunesmith.data.rendering import Renderer
     from tunesmith.spec import Spec
 
@@ -144,25 +145,48 @@ def _tokenizer(described: Spec, reporter: Reporter) -> tuple[Any, Renderer]:
 
 
 def _show_labelled(console: Console, described: Spec, tokenizer: Any, renderer: Renderer, records: Sequence[Record], rows: int) -> None:
-    """Rows as a task head reads them, each with its label."""
+    """Rows as a task head reads them, each with what it shall say."""
     from rich.text import Text
 
     from tunesmith.bases.kinds import decide_kind, read_config
     from tunesmith.evaluation.classifying import head_rows
     from tunesmith.evaluation.task import make_task
+    from tunesmith.ladder.heads import objective_of, outputs_of
 
     task, where = make_task(described.task, records), described.base.model
     kind = decide_kind(read_config(Path(tokenizer.name_or_path), where, remote_code=described.base.trust_remote_code), "auto", where)
-    made = list(head_rows(kind, renderer, task, task.labels, records[: max(COUNTED, rows)]))
+    labels = outputs_of(objective_of(described), task)
+    made = list(head_rows(kind, renderer, task, labels, records[: max(COUNTED, rows)]))
     for record, row in zip(records[:rows], made, strict=False):
         console.print(Text(f"── {row.where} ──", style="bold"), soft_wrap=True)
-        console.print(Text(tokenizer.decode(row.segments[0].ids.tolist(), clean_up_tokenization_spaces=False)), soft_wrap=True)
-        console.print(Text(f"label: {task.gold(record)}", style="bold green"), soft_wrap=True)
+        _show_paths(console, tokenizer, row, labels if task.kind == "tags" else ())
+        if task.kind != "tags":
+            told = {"label": "label", "value": "number", "choice": "right"}[task.kind]
+            console.print(Text(f"{told}: {task.gold(record)}", style="bold green"), soft_wrap=True)
         console.print()
     tokens, longest = sum(row.tokens for row in made), max(row.tokens for row in made)
     console.print(f"{len(made):,} of {_many(records)} rows · {tokens:,} tokens · longest row {longest:,} tokens", soft_wrap=True)
-    counts = Counter(task.gold(record) for record in records)
-    console.print(f"labels: {', '.join(f'{label} {counts[label]:,}' for label in task.labels)}", soft_wrap=True)
+    if task.kind in ("label", "tags"):
+        counts = Counter(word for record in records for word in (task.tags(record) if task.kind == "tags" else [task.gold(record)]))
+        console.print(f"{task.kind.rstrip('s')}s: {', '.join(f'{label} {counts[label]:,}' for label in labels)}", soft_wrap=True)
+
+
+def _show_paths(console: Console, tokenizer: Any, row: Row, labels: Sequence[str]) -> None:
+    """The tokens of each path of a row. labels: names of what is said at tokens, shown behind them."""
+    from rich.text import Text
+
+    plain = {"clean_up_tokenization_spaces": False}
+    if not labels:
+        for leaf in row.leaves():
+            ids = [int(token) for part in row.path(leaf) for token in row.segments[part].ids]
+            console.print(Text(tokenizer.decode(ids, **plain)), soft_wrap=True)
+        return
+    text, part = Text(), row.segments[0]
+    for token, label in zip(part.ids.tolist(), part.labels.tolist() if part.labels is not None else [], strict=True):
+        text.append(f"{tokenizer.decode([token], **plain).strip()} ")
+        if label == label:  # not a number where nothing is asked
+            text.append(f"[{labels[int(label)]}] ", style="bold green")
+    console.print(text, soft_wrap=True)
 
 
 def _many(samples: Sequence[Record]) -> str:

@@ -70,27 +70,32 @@ def show_evaluation(evaluation: Evaluation, history: str = "") -> None:
     interval, console = evaluation.interval(), stdout()
     whose = f" under {'the gold' if history == 'gold' else 'its own'} history" if history else ""
     words = [f"{metric_of(evaluation)} {evaluation.score:.3f}{whose} (95 %: {interval.low:.3f} to {interval.high:.3f})"]
+    if evaluation.task.kind == "tags":
+        words += [f"macro F1 {evaluation.macro_f1():.3f}"]
     if evaluation.task.kind == "label":
         words += [f"macro F1 {evaluation.macro_f1():.3f}", f"{evaluation.unparseable} unparseable"]
     console.print(f"{evaluation.system} · {evaluation.n:,} questions", style="bold", soft_wrap=True)
     console.print(" · ".join(words), soft_wrap=True)
+    if figures := evaluation.figures():
+        told = [f"{one.name.replace('_', ' ')} {one.value:.4g} ({one.low:.4g} to {one.high:.4g})" for one in figures]
+        console.print(" · ".join(told), soft_wrap=True)
     cost = f"{evaluation.prompt_tokens:.1f} + {evaluation.completion_tokens:.1f} tokens and {evaluation.seconds:.3f} s an answer"
     peak = f" · peak {evaluation.peak_memory_mb:,.0f} MB" if evaluation.peak_memory_mb else ""
     console.print(f"{cost}{peak}", soft_wrap=True)
     for note in evaluation.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
     if classes := evaluation.classes():
-        console.print(_class_table(classes))
+        console.print(_class_table(classes, ("type", "spans") if evaluation.task.kind == "tags" else ("label", "questions")))
 
 
-def _class_table(classes: Sequence[ClassScore]) -> Table:
+def _class_table(classes: Sequence[ClassScore], names: tuple[str, str]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("label")
-    for column in ("precision", "recall", "F1", "questions"):
+    table.add_column(names[0])
+    for column in ("precision", "recall", "F1", names[1]):
         table.add_column(column, justify="right")
     for one in classes:
         table.add_row(Text(one.label), f"{one.precision:.3f}", f"{one.recall:.3f}", f"{one.f1:.3f}", f"{one.support:,}")
@@ -110,6 +115,7 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
         "ci_low": interval.low,
         "ci_high": interval.high,
         "macro_f1": evaluation.macro_f1(),
+        "figures": [asdict(one) for one in evaluation.figures()],
         "unparseable": evaluation.unparseable,
         "prompt_tokens_per_answer": evaluation.prompt_tokens,
         "completion_tokens_per_answer": evaluation.completion_tokens,

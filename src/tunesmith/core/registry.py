@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import re
 import tokenize
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -85,10 +86,11 @@ def parse_calls(expression: str, *, kind: str) -> list[Call]:
 
 
 def _as_python(text: str) -> str:
-    """The text as Python would write it: flags, which may stand anywhere, as `flag=True`, and dotted names as strings.
+    """The text as Python would write it: flags, which may stand anywhere, as `flag=True`, paths and dotted names as strings.
 
-    Dotted names are names of sites and modules, and may hold what Python reserves (`down.in`).
+    Dotted names are names of sites and modules, and may hold what Python reserves (`down.in`). Paths hold a slash.
     """
+    text = _PATH.sub(lambda found: repr(found[1]) if found[1] else found[0], text)
     try:
         tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
     except (tokenize.TokenError, SyntaxError):
@@ -98,6 +100,10 @@ def _as_python(text: str) -> str:
         out += [text[end:start], new]
         end = last
     return "".join(out) + text[end:]
+
+
+_PATH = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|((?<=[=\[,\s])[^\s'"=,+()\[\]{}]*/[^\s'"=,+()\[\]{}]*)""")
+"""What is quoted already, or, as its group, a path without quotes where a value may stand."""
 
 
 def _rewritten(tokens: Sequence[tokenize.TokenInfo]) -> Iterator[tuple[int, int, str]]:

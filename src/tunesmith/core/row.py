@@ -19,6 +19,9 @@ Labels = NDArray[np.float32]
 
 ROOT = -1
 
+SECOND = "second"
+"""Name of a segment that is the second text of a pair, where the tokenizer marks it as such (BERT's segment B)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:

@@ -12,6 +12,7 @@ from tunesmith.core.errors import DataError, SpecError, TunesmithError, nearest,
 from tunesmith.core.record import Message, Record, Shape
 from tunesmith.data import dialogues
 from tunesmith.data.files import RawRow, ReadOptions
+from tunesmith.data.forheads import candidates, number, question, words_and_tags
 from tunesmith.data.names import NAMES
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -20,6 +21,9 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "completion"),
     "prompt": ("prompt", "completion"),
     "label": ("text", "label"),
+    "value": ("text", "value"),
+    "tokens": ("tokens", "tags"),
+    "choices": ("prompt", "choices", "answer"),
     "text": ("text",),
 }
 """The columns that a row of each shape must have."""
@@ -29,7 +33,10 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "sharegpt": ("system", "reasoning", "tools"),
     "alpaca": ("input", "history", "system", "reasoning", "tools"),
     "prompt": ("system", "reasoning", "tools"),
-    "label": ("reasoning",),
+    "label": ("reasoning", "text_pair"),
+    "value": ("text_pair",),
+    "tokens": (),
+    "choices": ("system", "reasoning"),
     "text": (),
 }
 """The columns that it may have besides (and any may name a group)."""
@@ -40,11 +47,15 @@ NARROWED: Mapping[str, tuple[str, ...]] = {
     "sharegpt": ("sharegpt",),
     "alpaca": ("alpaca",),
     "label": ("label",),
+    "value": ("value",),
+    "tokens": ("tokens",),
+    "choices": ("choices",),
     "text": ("text",),
 }
 """The kinds that shape=NAME asks for."""
 
-_TOKEN_TAGS = ("tags", "ner_tags", "pos_tags", "labels")
+_LISTS = ("tokens", "tags")
+_LEARNED = ("completion", "label", "value", "tags", "answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,8 @@ def check_options(options: ReadOptions) -> None:
 def _kinds(options: ReadOptions) -> list[str]:
     wanted = set(options.columns) - {"group"}
     kinds = NARROWED[options.shape] if options.shape else tuple(PARTS)
+    if not options.shape and "value" not in wanted:  # a score beside a text is seldom what is to be learned
+        kinds = tuple(kind for kind in kinds if kind != "value")
     return [kind for kind in kinds if wanted <= {*PARTS[kind], *ALLOWED[kind]}]
 
 
@@ -108,6 +121,10 @@ def _readings(kind: str, raw: RawRow, options: ReadOptions) -> list[Reading]:
     ]
     if kind in ("messages", "sharegpt"):
         return [reading for reading in choices if dialogues.form_of(raw.fields[reading.columns["messages"]]) == kind]
+    if kind == "tokens":
+        return [reading for reading in choices if all(isinstance(raw.fields[column], list | tuple) for column in reading.columns.values())]
+    if kind == "choices":
+        return [reading for reading in choices if candidates(raw.fields[reading.columns["choices"]]) is not None]
     return choices
 
 
@@ -119,12 +136,14 @@ def _matches(part: str, raw: RawRow, options: ReadOptions) -> list[str]:
 
 
 def _without_weaker(readings: list[Reading]) -> list[Reading]:
-    """Plain text yields to anything with an answer; a prompt that is a part of an alpaca row yields to the whole row."""
+    """Plain text yields to anything with an answer; a prompt that is a part of an alpaca row, or has choices, to the whole row."""
     whole = {reading.columns["completion"] for reading in readings if reading.kind == "alpaca"}
+    chosen = {reading.columns["prompt"] for reading in readings if reading.kind == "choices"}
     kept = [
         reading
         for reading in readings
         if reading.kind != "text"
+        and not (reading.kind == "prompt" and reading.columns["prompt"] in chosen)
         and not (
             reading.kind == "prompt"
             and reading.columns["completion"] in whole
@@ -145,18 +164,18 @@ def _keys(raw: RawRow) -> str:
 
 
 def _unreadable(raw: RawRow, options: ReadOptions) -> DataError:
-    folded = {column.strip().casefold(): column for column in raw.fields}
-    if "tokens" in folded and any(tags in folded for tags in _TOKEN_TAGS):
-        hints = ["Nearest that is read: one text and one label a row."]
-        return DataError("rows of tokens with a tag each (NER) are not read yet.", where=raw.where, hints=hints)
+    words = _matches("tokens", raw, options)
+    if words and (options.shape == "tokens" or isinstance(raw.fields[words[0]], list | tuple)):
+        hints = ['Form:  {"tokens": ["Ada", "left"], "tags": ["B-PER", "O"]}', "Or a word, a tab and its tag a line:  data.shape=tokens"]
+        return DataError(f"the row has no list of tags beside its list of words (its keys: {_keys(raw)}).", where=raw.where, hints=hints)
     for column in _matches("messages", raw, options):
         if "messages" in options.columns or isinstance(raw.fields[column], list):
             hints = ['Form:  [{"role": "user", "content": "..."}, ...]  or  [{"from": "human", "value": "..."}, ...]']
             return DataError(f"the column '{column}' is no dialogue.", where=raw.where, hints=hints)
     kinds = _kinds(options)
     asked = "prompt" in kinds and (_matches("prompt", raw, options) or "prompt" in options.columns)
-    if asked or (kinds == ["label"] and _matches("text", raw, options)):
-        return no_answer(raw, f"its keys: {_keys(raw)}", "completion" if asked else "label")
+    if asked or (kinds in (["label"], ["value"]) and _matches("text", raw, options)):
+        return no_answer(raw, f"its keys: {_keys(raw)}", "completion" if asked else kinds[0])
     hints = [
         "Name the columns, one of:",
         "  data.columns.text=NAME data.columns.label=NAME",
@@ -181,11 +200,21 @@ def to_record(raw: RawRow, reading: Reading, options: ReadOptions) -> Record:
     _check_same(raw, reading, options)
     group = _group(raw, options)
     reasoning = _optional_text("reasoning", raw, reading, options)
-    if reading.kind in ("label", "text"):
+    known: dict[str, Any] = {"reasoning": reasoning, "fields": raw.fields, "where": raw.where, "group": group}
+    if reading.kind in ("label", "text", "value"):
         label = _label(raw, reading.columns["label"]) if reading.kind == "label" else None
-        text = _text(raw, reading.columns["text"])
-        shape: Shape = "text" if label is None else "label"
-        return Record(shape, text=text, label=label, reasoning=reasoning, fields=raw.fields, where=raw.where, group=group)
+        value = number(raw, reading.columns["value"]) if reading.kind == "value" else None
+        text, pair = _text(raw, reading.columns["text"]), _optional_text("text_pair", raw, reading, options) or ""
+        shape: Shape = "label" if label is not None else "value" if value is not None else "text"
+        return Record(shape, text=text, label=label, value=value, pair=pair, **known)
+    if reading.kind == "tokens":
+        tokens, tags = words_and_tags(raw, reading.columns["tokens"], reading.columns["tags"])
+        return Record("tokens", text=" ".join(tokens), tokens=tokens, tags=tags, **known)
+    if reading.kind == "choices":
+        among, right = question(raw, reading.columns["choices"], reading.columns["answer"])
+        turns = (*_turns(raw, reading.columns["prompt"], "user"), {"role": "assistant", "content": among[right]})
+        turns = dialogues.with_system(turns, _optional_text("system", raw, reading, options), raw.where)
+        return Record("choices", messages=turns, choices=among, **known)
     messages = dialogues.with_system(_messages(raw, reading, options), _optional_text("system", raw, reading, options), raw.where)
     if not dialogues.has_answer(messages):
         raise no_answer(
@@ -193,15 +222,7 @@ def to_record(raw: RawRow, reading: Reading, options: ReadOptions) -> Record:
         )
     tools = dialogues.tool_schemas(_optional("tools", raw, reading, options), raw.where)
     plain = reading.kind in ("prompt", "alpaca") and [m["role"] for m in messages if m["role"] != "system"] == ["user", "assistant"]
-    return Record(
-        "prompt" if plain else "messages",
-        messages=messages,
-        reasoning=reasoning,
-        tools=tools,
-        fields=raw.fields,
-        where=raw.where,
-        group=group,
-    )
+    return Record("prompt" if plain else "messages", messages=messages, tools=tools, **known)
 
 
 def _check_same(raw: RawRow, reading: Reading, options: ReadOptions) -> None:
@@ -211,7 +232,7 @@ def _check_same(raw: RawRow, reading: Reading, options: ReadOptions) -> None:
         same = dialogues.form_of(raw.fields[reading.columns["messages"]]) in (reading.kind, None)
     if same:
         return
-    if missing in (["completion"], ["label"]):
+    if len(missing) == 1 and missing[0] in _LEARNED:
         raise no_answer(raw, f"its keys: {_keys(raw)}", missing[0])
     try:
         other = recognise(raw, ReadOptions(shape=options.shape)).kind
@@ -305,8 +326,9 @@ def _label(raw: RawRow, column: str) -> str:
         what = "several labels a row are not read yet; nearest that is: one label a row"
         raise DataError(f"'{column}' holds a list: {what}.", where=raw.where)
     if isinstance(value, float) and not value.is_integer():
-        hints = ["Write classes instead, for example 'low', 'middle', 'high'."]
-        raise DataError(f"'{column}' holds {value}, a score and not a class; regression is not read yet.", where=raw.where, hints=hints)
+        hints = [f"To learn the number:  data.columns.value={column}  with  objective: regress"]
+        hints += ["Or write classes instead, for example 'low', 'middle', 'high'."]
+        raise DataError(f"'{column}' holds {value}, a score and not a class.", where=raw.where, hints=hints)
     if isinstance(value, bool | int | float):
         return _spelt(value)
     raise DataError(f"'{column}' holds a {type(value).__name__}, not a label.", where=raw.where)

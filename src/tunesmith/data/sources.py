@@ -11,6 +11,7 @@ from pathlib import Path
 from tunesmith.core.errors import DataError, SpecError, nearest
 from tunesmith.core.record import Record
 from tunesmith.data.badrows import BadRows
+from tunesmith.data.conll import conll_rows
 from tunesmith.data.files import RawRow, ReadOptions, json_rows, jsonl_rows, parquet_rows
 from tunesmith.data.hub import open_hub
 from tunesmith.data.shapes import check_options, recognise, to_record
@@ -25,6 +26,7 @@ READERS: Mapping[str, Reader] = {
     ".csv": csv_rows,
     ".tsv": tsv_rows,
     ".txt": txt_rows,
+    ".conll": conll_rows,
     ".parquet": parquet_rows,
 }
 
@@ -51,12 +53,12 @@ def read_records(
 ) -> Iterator[Record]:
     """Read records one at a time; memory does not grow with the file (except for .json, which is bounded).
 
-    source: a .jsonl, .json, .csv, .tsv, .txt (all also .gz) or .parquet file, a folder of them (sorted by name,
+    source: a .jsonl, .json, .csv, .tsv, .txt, .conll (all also .gz) or .parquet file, a folder of them (sorted by name,
     sub-folders too), `pypi:NAME==VERSION/inner/path`, or `hub:NAME[:CONFIG][@SPLIT]`. columns: role to column, as in
-    {"text": "tweet", "label": "sentiment"}, or to its place from 1 in a table without header; roles: text, label,
-    prompt, completion, messages, instruction, input, history, system, reasoning, tools, group. shape: messages,
-    sharegpt, alpaca, prompt, label or text, where the columns allow several. decode_errors: strict, replace, ignore or
-    backslashreplace. limit: at most so many records.
+    {"text": "tweet", "label": "sentiment"}, or to its place from 1 in a table without header; roles: text, label, text_pair,
+    value, tokens, tags, choices, answer, prompt, completion, messages, instruction, input, history, system, reasoning, tools,
+    group. shape: messages, sharegpt, alpaca, prompt, label, value, tokens, choices or text, where the columns allow several.
+    decode_errors: strict, replace, ignore or backslashreplace. limit: at most so many records.
 
     bad_rows: where rows that cannot be used are counted, in place of an error; a file of which no row can be used stays
     an error, and so does what is wrong with a file as a whole (its encoding, a quote that is never closed).

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tunesmith.core.errors import DataError
+from tunesmith.data.conll import conll_rows
 from tunesmith.data.files import LINE_LIMIT, RawRow, ReadOptions, text_lines
 from tunesmith.data.names import KNOWN_NAMES
 
@@ -25,15 +26,21 @@ def csv_rows(path: Path, shown: str, options: ReadOptions) -> Iterator[RawRow]:
 
 
 def tsv_rows(path: Path, shown: str, options: ReadOptions) -> Iterator[RawRow]:
-    """Rows of a TSV file; quotes that do not quote a whole cell are plain characters."""
+    """Rows of a TSV file; quotes that do not quote a whole cell are plain characters. With shape="tokens" a word and its tag a line."""
+    if options.shape == "tokens":
+        return conll_rows(path, shown, options)
     return _named(_tsv_cells(path, shown, options), shown, options)
 
 
 def txt_rows(path: Path, shown: str, options: ReadOptions) -> Iterator[RawRow]:
     """One sample a line: text alone, or text and label parted by a tab (by the last comma only if shape="label").
 
-    The first line decides; blank lines are skipped. Positional columns ({"label": 1, "text": 2}) part lines by tabs.
+    The first line decides; blank lines are skipped. Positional columns ({"label": 1, "text": 2}) part lines by tabs. With
+    shape="tokens" each line is a word and its tag (`conll_rows`).
     """
+    if options.shape == "tokens":
+        yield from conll_rows(path, shown, options)
+        return
     lines = ((number, line.rstrip("\r\n")) for number, line in text_lines(path, shown, options) if line.strip())
     if _positions(options):
         yield from _named(((number, line.split("\t")) for number, line in lines), shown, options)

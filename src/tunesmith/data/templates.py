@@ -155,6 +155,27 @@ def added_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
+def added_between(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer itself puts between two texts ([SEP], </s></s>, ...): often none."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    head, tail = added_around(tokenizer)
+    try:
+        both = list(tokenizer("a", "a", add_special_tokens=True)["input_ids"])
+    except (TypeError, ValueError, NotImplementedError):
+        return []
+    inner = both[len(head) + len(bare) : len(both) - len(tail) - len(bare)]
+    return inner if both == [*head, *bare, *inner, *bare, *tail] else []
+
+
+def marks_second(tokenizer: Any) -> bool:
+    """Does the tokenizer mark the second of two texts, as BERT's does by token type 1?"""
+    try:
+        types = tokenizer("a", "a", return_token_type_ids=True).get("token_type_ids")
+    except (TypeError, ValueError, NotImplementedError):
+        return False
+    return bool(types) and max(types) == 1
+
+
 def normalise(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as templates expect them: absent keys rather than None, text rather than text parts, arguments as objects.
 

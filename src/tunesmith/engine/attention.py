@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.engine.buckets import Bucket
 from tunesmith.engine.flex import flex_attend
-from tunesmith.engine.pack import Bucket, Pack
+from tunesmith.engine.pack import Pack
 
 _log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from tunesmith.adapters import Route
 from tunesmith.engine import decoding
 from tunesmith.engine.decoding import Decoding, run, size_for
 from tunesmith.engine.forward import Forward
@@ -57,11 +58,19 @@ class Decoder(Protocol):
         """A row has finished."""
 
 
-def decoder_for(forward: Forward, prompts: Sequence[list[int]], prompt_of: Sequence[int], batch: int, cache: PrefixCache | None) -> Decoder:
-    """The way to decode this model. prompts: distinct ones; prompt_of: the prompt of each row; batch: rows at once."""
+def decoder_for(
+    forward: Forward,
+    prompts: Sequence[list[int]],
+    prompt_of: Sequence[int],
+    batch: int,
+    cache: PrefixCache | None,
+    routes: Sequence[Route] | None = None,
+) -> Decoder:
+    """The way to decode this model. prompts: distinct ones; prompt_of: the prompt of each row; batch: rows at once; routes: of the
+    prompts, in a mix."""
     if keeps_keys(forward):
-        return Shared(forward, prompts, prompt_of, batch, cache)
-    return Own(forward, prompts, prompt_of, batch)
+        return Shared(forward, prompts, prompt_of, batch, cache, routes)
+    return Own(forward, prompts, prompt_of, batch, routes)
 
 
 def keeps_keys(forward: Forward) -> bool:
@@ -101,7 +110,9 @@ def _agrees(forward: Forward) -> bool:
     return bool((apart * truth.exp()).sum(-1).max() <= _CLOSE.get(forward.model.dtype, _LOOSE))
 
 
-def read_prompts(forward: Forward, prompts: Sequence[tuple[Sequence[int], Keys | None]]) -> tuple[list[Keys], Tensor]:
+def read_prompts(
+    forward: Forward, prompts: Sequence[tuple[Sequence[int], Keys | None]], routes: Sequence[Route] | None = None
+) -> tuple[list[Keys], Tensor]:
     """Keys of what is new of each prompt, and the logits of the token after it, [prompts, vocab]; in parts of `_READ` tokens."""
     held: list[Keys] = []
     logits: list[Tensor] = []
@@ -111,7 +122,7 @@ def read_prompts(forward: Forward, prompts: Sequence[tuple[Sequence[int], Keys |
         while end < len(prompts) and tokens + len(prompts[end][0]) <= _READ:
             tokens += len(prompts[end][0])
             end += 1
-        line = Prefill(prompts[at:end], forward.model.device)
+        line = Prefill(prompts[at:end], forward.model.device, None if routes is None else routes[at:end])
         logits.append(run(forward, line.ids, line.positions, line, line.last)[: end - at])
         held += line.read()
         at = end
@@ -124,16 +135,22 @@ class Shared:
     attention = decoding.NAME
 
     def __init__(
-        self, forward: Forward, prompts: Sequence[list[int]], prompt_of: Sequence[int], batch: int, cache: PrefixCache | None
+        self,
+        forward: Forward,
+        prompts: Sequence[list[int]],
+        prompt_of: Sequence[int],
+        batch: int,
+        cache: PrefixCache | None,
+        routes: Sequence[Route] | None = None,
     ) -> None:
         decoding.register()
-        self.forward, self.prompts, self.prompt_of, self.cache = forward, prompts, prompt_of, cache
+        self.forward, self.prompts, self.prompt_of, self.cache, self.routes = forward, prompts, prompt_of, cache, routes
         self.batch = min(batch, len(prompt_of))
         self.left = np.bincount(prompt_of, minlength=len(prompts)).tolist()  # rows of each prompt that have not finished
         places = size_for(self.batch)
         self._share = min(max(self.left), places)
         self._places = places
-        self._beginning = common_prefix(prompts)
+        self._beginning = common_prefix(prompts) if one_route(routes) else []
         self._state: Decoding | None = None
         self._group: dict[int, int] = {}  # of a prompt; with share 1, of a row
         self._held: dict[int, tuple[Keys, Tensor]] = {}  # prompts whose rows have not all come in
@@ -150,6 +167,8 @@ class Shared:
     def enter(self, rows: Sequence[int]) -> Tensor:
         """Read the prompts that are new, then seat the rows."""
         new = list(dict.fromkeys(self.prompt_of[row] for row in rows if self.prompt_of[row] not in self._held))
+        if self.routes is not None:
+            new.sort(key=self.routes.__getitem__)
         state = self._begin()
         for prompt, held, first in zip(new, *self._read(new), strict=True):
             self._held[prompt] = (held, first)
@@ -161,7 +180,8 @@ class Shared:
             if new:
                 self._group.update(zip(new, state.open([self._held[prompt][0] for prompt in new]), strict=True))
             groups = [self._group[self.prompt_of[row]] for row in rows]
-        self._place.update(zip(rows, state.sit(groups), strict=True))
+        routes = self._routes([self.prompt_of[row] for row in rows])
+        self._place.update(zip(rows, state.sit(groups, routes), strict=True))
         for row in rows:
             prompt = self.prompt_of[row]
             self._outside[prompt] -= 1
@@ -199,7 +219,7 @@ class Shared:
             root = None
             if self._beginning:
                 ids = self._beginning
-                before = self.cache.longest(self.forward.model, [*ids, 0]) if self.cache else None
+                before = self.cache.longest(self.forward.model, [*ids, 0], self._route(0)) if self.cache else None
                 root = self._through(ids, before)
             self._state = Decoding(self.forward, self._places, self._share, root)
         return self._state
@@ -209,28 +229,33 @@ class Shared:
         known = before.tokens if before else 0
         if before is not None and known == len(ids):
             return before
-        new = read_prompts(self.forward, [(ids[known:], before)])[0][0]
+        new = read_prompts(self.forward, [(ids[known:], before)], self._routes([0]))[0][0]
         whole = before.then(new) if before is not None else new.kept()
         if self.cache:
-            self.cache.keep(self.forward.model, ids, whole)
+            self.cache.keep(self.forward.model, ids, whole, self._route(0))
         return whole
+
+    def _routes(self, prompts: Sequence[int]) -> list[Route] | None:
+        return None if self.routes is None else [self.routes[prompt] for prompt in prompts]
+
+    def _route(self, prompt: int) -> Route:
+        return () if self.routes is None else self.routes[prompt]
 
     def _read(self, prompts: Sequence[int]) -> tuple[list[Keys], Tensor]:
         """Keys after the root, and first logits."""
         root = self._begin().root
         if not prompts:
             return [], torch.zeros(0)
-        asked = [self.prompts[prompt] for prompt in prompts]
+        asked, routes = [self.prompts[prompt] for prompt in prompts], self._routes(prompts)
         if root is not None or self.cache is None:
-            return read_prompts(self.forward, [(ids[root.tokens if root else 0 :], root) for ids in asked])
+            return read_prompts(self.forward, [(ids[root.tokens if root else 0 :], root) for ids in asked], routes)
         model = self.forward.model
-        known = [self.cache.longest(model, ids) for ids in asked]
-        held, logits = read_prompts(
-            self.forward, [(ids[before.tokens if before else 0 :], before) for ids, before in zip(asked, known, strict=True)]
-        )
+        known = [self.cache.longest(model, ids, self._route(prompt)) for prompt, ids in zip(prompts, asked, strict=True)]
+        new = [(ids[before.tokens if before else 0 :], before) for ids, before in zip(asked, known, strict=True)]
+        held, logits = read_prompts(self.forward, new, routes)
         whole = [before.then(new) if before else new for before, new in zip(known, held, strict=True)]
-        for ids, keys in zip(asked, whole, strict=True):
-            self.cache.keep(model, ids, keys)
+        for prompt, ids, keys in zip(prompts, asked, whole, strict=True):
+            self.cache.keep(model, ids, keys, self._route(prompt))
         return whole, logits
 
 
@@ -244,18 +269,30 @@ def common_prefix(prompts: Sequence[list[int]]) -> list[int]:
     return first[:n] if n >= SHARE else []
 
 
+def one_route(routes: Sequence[Route] | None) -> bool:
+    """Do all prompts go through the same adapters, so that what they begin with is the same to the model?"""
+    return routes is None or len(set(routes)) == 1
+
+
 class Own:
     """Decoding with the model's own attention and cache, in left-padded batches."""
 
-    def __init__(self, forward: Forward, prompts: Sequence[list[int]], prompt_of: Sequence[int], batch: int) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        prompts: Sequence[list[int]],
+        prompt_of: Sequence[int],
+        batch: int,
+        routes: Sequence[Route] | None = None,
+    ) -> None:
         self.attention = forward.own_attention
-        self.model, self.prompts, self.prompt_of = forward.model, prompts, prompt_of
+        self.model, self.prompts, self.prompt_of, self.routes, self.router = forward.model, prompts, prompt_of, routes, forward.router
         self.device = forward.model.device
         alone = getattr(forward.model, "_is_stateful", False)  # recurrent state bears neither padding nor selection
         self.batch = 1 if alone else batch
         parameters = inspect.signature(forward.model.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in parameters else "past_key_values"
-        self._beginning = [] if alone or _slides(forward, prompts) else common_prefix(prompts)
+        self._beginning = [] if alone or _slides(forward, prompts) or not one_route(routes) else common_prefix(prompts)
         self._shared: Any = None
         self._cache: Any = None
         self._rows: list[int] = []
@@ -274,6 +311,7 @@ class Own:
         if cut and self._shared is None:
             self._shared = DynamicCache(config=self.model.config)
             ids = torch.tensor([self._beginning], device=self.device)
+            self._send([0], ids)
             self.model(input_ids=ids, past_key_values=self._shared, use_cache=True, logits_to_keep=1)
         parts = [self.prompts[prompt][cut:] for prompt in new]
         longest = max(map(len, parts))
@@ -285,6 +323,7 @@ class Own:
             self._cache.batch_repeat_interleave(len(new))
         self._rows, self._gone = list(rows), set()
         self._padded = len(new) > 1
+        self._send(new, ids)
         logits = self._run(ids)
         if len(rows) > len(new):
             index = torch.tensor([new.index(self.prompt_of[row]) for row in rows], device=self.device)
@@ -299,11 +338,18 @@ class Own:
             self._rows, self._gone = list(rows), set()
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(rows), 1)], -1)
         self._positions = self._positions[:, -1:] + 1
-        return self._run(torch.tensor(tokens, device=self.device)[:, None])
+        ids = torch.tensor(tokens, device=self.device)[:, None]
+        self._send([self.prompt_of[row] for row in rows], ids)
+        return self._run(ids)
 
     def leave(self, row: int) -> None:
         """Noted; the batch is made smaller at the next step."""
         self._gone.add(row)
+
+    def _send(self, prompts: Sequence[int], ids: Tensor) -> None:
+        """Say which way each row of ids goes. prompts: of the rows."""
+        if self.router is not None and self.routes is not None:
+            self.router.send([(self.routes[prompt], ids.shape[1]) for prompt in prompts], (ids.shape[0], ids.shape[1]), ids.device)
 
     def _run(self, ids: Tensor) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": ids, self.cache_name: self._cache, "use_cache": True, "logits_to_keep": 1}

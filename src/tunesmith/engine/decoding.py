@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from tunesmith.adapters import Route
 from tunesmith.engine.forward import Forward, uncached
 from tunesmith.engine.prefill import Keys, Prefill
 
@@ -70,6 +71,8 @@ def decoding_attention(
 def run(forward: Forward, ids: Tensor, positions: Tensor, state: Prefill | Decoding, keep: Tensor | int = 0) -> Tensor:
     """The model over a flat line of tokens; logits at `keep` (0: everywhere), [kept, vocab]. Under `forward.attention(NAME)`."""
     at = positions[None] + forward.first_position
+    if forward.router is not None:
+        forward.router.send(state.parts, (1, len(ids)), ids.device)
     out = uncached(forward.model, input_ids=ids[None], position_ids=at, decoding=state, logits_to_keep=keep)
     logits: Tensor = out.logits[0]
     return logits
@@ -159,6 +162,7 @@ class Decoding:
         self.forward, self.places, self.share, self.root = forward, places, share, root
         self.device = forward.model.device
         self.group: list[int | None] = [None] * places  # of the row in each place
+        self.route: list[Route] = [()] * places  # of the last row in each place, in a mix
         self.said = [0] * places  # tokens of each answer that have keys
         self.tokens: dict[int, int] = {}  # of the prompt of each open group, the root's included
         self.levels: list[Level] = []
@@ -169,6 +173,11 @@ class Decoding:
         self._write: dict[int, Tensor] = {}
         self._bias: dict[tuple[int | None, torch.dtype], Tensor] = {}
         self._prompt = self._said = torch.zeros(places, dtype=torch.long)
+
+    @property
+    def parts(self) -> list[tuple[Route, int]]:
+        """The route of each place's token."""
+        return [(route, 1) for route in self.route]
 
     @property
     def free(self) -> list[int]:
@@ -197,8 +206,8 @@ class Decoding:
         """A prompt has no rows left."""
         del self.tokens[group]
 
-    def sit(self, groups: Sequence[int]) -> list[int]:
-        """A place for one more row of each prompt."""
+    def sit(self, groups: Sequence[int], routes: Sequence[Route] | None = None) -> list[int]:
+        """A place for one more row of each prompt. routes: of the rows, in a mix."""
         places = list(groups) if self.share == 1 else self.free[: len(groups)]
         again = [place for place in places if place in self._used]
         if again:
@@ -206,6 +215,8 @@ class Decoding:
                 x[again] = 0
         for place, group in zip(places, groups, strict=True):
             self.group[place], self.said[place] = group, 0
+        for place, route in zip(places, routes or (), strict=routes is not None):
+            self.route[place] = route
         self._used.update(places)
         self._arrange()
         return places
@@ -224,6 +235,7 @@ class Decoding:
         self.levels[-2].resize(self.levels[-2].columns, groups)
         self.group = [None if (group := self.group[place]) is None else renamed[group] for place in kept]
         self.said = [self.said[place] for place in kept]
+        self.route = [self.route[place] for place in kept]
         self.tokens = {renamed[old]: tokens for old, tokens in self.tokens.items()}
         self._used = {new for new, old in enumerate(kept) if old in self._used}
         self.places = places

@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tunesmith.adapters import virtual_among
+from tunesmith.adapters import Route, Router, virtual_among
 from tunesmith.core.errors import BaseError
 from tunesmith.core.row import Row
 from tunesmith.engine import attention
+from tunesmith.engine.buckets import Span
 from tunesmith.engine.head import Projection, Teacher, read_head
 from tunesmith.engine.ownhead import OwnLogits, runs_alone, through_own_head
-from tunesmith.engine.pack import Pack, Span, build_pack, pack_rows, row_tokens
+from tunesmith.engine.pack import Pack, build_mixed, build_pack, pack_rows, row_tokens
+from tunesmith.engine.pairs import marked
 from tunesmith.engine.readings import Readings
 from tunesmith.engine.virtual import Extra, extra_of, prompt_with
 from tunesmith.objectives import Wanted
@@ -68,6 +71,7 @@ class Forward:
         self.own_attention: str = model.config._attn_implementation
         self.noise: float | None = None
         self.noise_kind = "uniform"
+        self.router: Router | None = None  # see `engine.mixing`
         self._lengths: Tensor | None = None
         self._head_alone: bool | None = None  # found out at the first use
         attention.register()
@@ -133,20 +137,25 @@ class Forward:
         Raises ValueError where the model sees a token's continuation and the pack's trees are not unrolled, or the pack has
         other virtual tokens than are switched on.
         """
-        if pack.extra != self.extra:
+        if self._suited(pack) is not pack:
             raise ValueError("other virtual tokens are switched on than those in the pack")
         return self._read(pack.to(self.model.device), at.to(self.model.device), body=True)
 
-    def pack(self, rows: Sequence[Row]) -> Pack:
-        """One pack of these rows as this model reads them: unrolled if it looks ahead."""
+    def pack(self, rows: Sequence[Row], routes: Sequence[Route] | None = None) -> Pack:
+        """One pack of these rows as this model reads them: unrolled if it looks ahead. routes: of each row, within `mixed`."""
+        if routes is not None:
+            return build_mixed(rows, routes, self._extras(routes), unroll=not self.causal)
         return build_pack(rows, unroll=not self.causal, extra=self.extra)
 
     def packs(self, rows: Sequence[Row], budget: int) -> list[Pack]:
         """Packs of at most `budget` tokens that hold all rows, as this model reads them."""
         return pack_rows(rows, budget, unroll=not self.causal, extra=self.extra)
 
-    def prompts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Prompts as this model reads them: with the virtual tokens that are switched on."""
+    def prompts(self, prompts: Sequence[Sequence[int]], routes: Sequence[Route] | None = None) -> list[list[int]]:
+        """Prompts as this model reads them: with the virtual tokens that are switched on, or those of each one's route."""
+        if routes is not None:
+            extras = self._extras(routes)
+            return [prompt_with(ids, extras[route]) for ids, route in zip(prompts, routes, strict=True)]
         extra = self.extra
         return [prompt_with(ids, extra) for ids in prompts]
 
@@ -159,9 +168,18 @@ class Forward:
         """The virtual tokens that are switched on."""
         return extra_of(self.model)
 
+    def _extras(self, routes: Sequence[Route]) -> dict[Route, Extra]:
+        return {route: extra_of(self.model, route) for route in set(routes)}
+
     def _suited(self, pack: Pack) -> Pack:
-        extra = self.extra
-        return pack if pack.extra == extra else build_pack(pack.rows, unroll=pack.unrolled, extra=extra)
+        """The pack with the virtual tokens that are switched on. Raises ValueError where its rows need routes, or cannot have any."""
+        if pack.mixed != (self.router is not None):
+            raise ValueError("rows of several adapters are read within `mixed`, and others outside of it")
+        if all(part.extra == extra_of(self.model, part.route) for part in pack.parts):
+            return pack
+        if pack.mixed:
+            raise ValueError("other virtual tokens are switched on than those in the pack")
+        return build_pack(pack.rows, unroll=pack.unrolled, extra=self.extra)
 
     def require_decoder(self) -> None:
         """Raise BaseError unless the model predicts next words."""
@@ -179,6 +197,10 @@ class Forward:
 
     def _packed(self, pack: Pack, at: Tensor, *, body: bool) -> Tensor:
         inputs: dict[str, Any] = {"input_ids": pack.ids[None], "position_ids": pack.positions[None] + self.first_position, "pack": pack}
+        if (kinds := marked(self.model, pack)) is not None:
+            inputs["token_type_ids"] = kinds[None]
+        if self.router is not None:
+            self.router.send([(part.route or (), part.tokens) for part in pack.parts], (1, pack.tokens), pack.ids.device)
         with self.attention(attention.NAME), self._noisy(pack.lengths[None]):
             if body:
                 hidden: Tensor = uncached(self.model.base_model, **inputs).last_hidden_state[0]
@@ -189,8 +211,14 @@ class Forward:
     def _padded(self, pack: Pack, at: Tensor, *, body: bool) -> Tensor:
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         batch = unroll(pack, pad or 0).to(pack.ids.device)
-        with self._noisy(batch.lengths[:, None] - pack.extra.tokens):
+        if self.router is not None:
+            parts = [(part.route or (), paths * batch.ids.shape[1]) for part, paths in zip(pack.parts, batch.paths, strict=True)]
+            self.router.send(parts, (len(batch.ids), batch.ids.shape[1]), batch.ids.device)
+        extra = torch.tensor([part.extra.tokens for part in pack.parts]).repeat_interleave(torch.tensor(batch.paths))
+        with self._noisy((batch.lengths - extra.to(batch.lengths.device))[:, None]):
             inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
+            if (kinds := marked(self.model, pack)) is not None:
+                inputs["token_type_ids"] = torch.zeros_like(batch.ids).index_put((batch.path, batch.offset), kinds)
             states: Tensor = uncached(self.model.base_model, **inputs).last_hidden_state if body else uncached(self.model, **inputs).logits
         return states[batch.path[at], batch.offset[at]]
 
@@ -227,17 +255,20 @@ def uncached(module: nn.Module, **inputs: Any) -> Any:
 @dataclass(slots=True)
 class Unrolled:
     """Paths of a pack as a padded batch. ids, mask: [paths, longest]. path, offset: where each flat token of the pack
-    stands in it, [tokens]; a shared token in the first path that holds it. lengths: tokens of each path, [paths]."""
+    stands in it, [tokens]; a shared token in the first path that holds it. lengths: tokens of each path, [paths]. paths: of
+    each part of the pack."""
 
     ids: Tensor
     mask: Tensor
     path: Tensor
     offset: Tensor
     lengths: Tensor
+    paths: list[int]
 
     def to(self, device: torch.device) -> Unrolled:
         """The same on a device."""
-        return Unrolled(*(x.to(device) for x in (self.ids, self.mask, self.path, self.offset, self.lengths)))
+        names = ("ids", "mask", "path", "offset", "lengths")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def unroll(pack: Pack, pad: int = 0) -> Unrolled:
@@ -245,36 +276,40 @@ def unroll(pack: Pack, pad: int = 0) -> Unrolled:
     path, offset = torch.full((pack.tokens,), -1), torch.zeros(pack.tokens, dtype=torch.long)
     flat = pack.ids.cpu()
     paths: list[Tensor] = []
-    for span in _leaves(pack):
+    counts = [0] * len(pack.parts)
+    for part, span in _leaves(pack):
         tokens = torch.from_numpy(np.concatenate([span.above, span.own]))
         if not len(tokens):
             continue
         fresh = path[tokens] < 0
         path[tokens[fresh]], offset[tokens[fresh]] = len(paths), torch.arange(len(tokens))[fresh]
         paths.append(flat[tokens])
+        counts[part] += 1
     lengths = torch.tensor([len(tokens) for tokens in paths])
     ids = nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=pad)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return Unrolled(ids, mask, path, offset, lengths)
+    return Unrolled(ids, mask, path, offset, lengths, counts)
 
 
-def _leaves(pack: Pack) -> Iterator[Span]:
-    """The spans that end a path."""
-    if pack.unrolled:
-        yield from pack.spans[pack.leading :]
-        return
-    first = pack.leading
-    for row in pack.rows:
-        yield from (pack.spans[first + leaf] for leaf in row.leaves())
-        first += len(row.segments)
+def _leaves(pack: Pack) -> Iterator[tuple[int, Span]]:
+    """The spans that end a path, each with the number of its part."""
+    start, rows = 0, iter(pack.rows)
+    for number, part in enumerate(pack.parts):
+        first, start = start + part.leading, start + part.spans
+        if pack.unrolled:
+            yield from ((number, span) for span in pack.spans[first:start])
+            continue
+        for row in islice(rows, part.rows):
+            yield from ((number, pack.spans[first + leaf]) for leaf in row.leaves())
+            first += len(row.segments)
 
 
-def log_probs_of(forward: Forward, rows: Sequence[Row]) -> list[float]:
-    """Summed log-probability of all supervised tokens of each row, nats. For tests and small jobs: one pack."""
+def log_probs_of(forward: Forward, rows: Sequence[Row], routes: Sequence[Route] | None = None) -> list[float]:
+    """Summed log-probability of all supervised tokens of each row, nats. For small jobs: one pack. routes: of each row, within `mixed`."""
     with torch.no_grad():
-        scored = forward(forward.pack(rows))
+        scored = forward(forward.pack(rows, routes))
     per_segment = scored.by_segment().tolist()
     out = [0.0] * len(rows)
     for row, value in zip(scored.pack.segment_row, per_segment, strict=True):
-        out[row] += value
+        out[scored.pack.order[row]] += value
     return out

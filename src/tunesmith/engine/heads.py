@@ -18,10 +18,12 @@ from tunesmith.engine.pack import Pack
 
 @dataclass(slots=True)
 class Said:
-    """logits: what the head says wherever it is asked, [reads, outputs], in the pack's order. labels: what it shall say, [reads]."""
+    """logits: what the head says wherever it is asked, [reads, outputs], in the pack's order: row by row, and within a row segment
+    by segment. labels: what it shall say, [reads]. rows: the row of the pack that each belongs to, [reads]."""
 
     logits: Tensor
     labels: Tensor
+    rows: list[int]
 
 
 def read_task_head(forward: Forward, pack: Pack, head: TaskHead) -> Said:
@@ -31,13 +33,14 @@ def read_task_head(forward: Forward, pack: Pack, head: TaskHead) -> Said:
     """
     places, labels = _asked(pack)
     logits = head(_pooled(forward, pack, places, head.way.pool))
-    return Said(logits, torch.from_numpy(labels).to(logits.device))
+    return Said(logits, torch.from_numpy(labels).to(logits.device), [place.row for place in places])
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A labelled token: its flat index in the pack, and those of all words on the path of its segment."""
+    """A labelled token: its row in the pack, its flat index there, and those of all words on the path of its segment."""
 
+    row: int
     at: int
     path: np.ndarray
 
@@ -51,7 +54,7 @@ def _asked(pack: Pack) -> tuple[list[_Place], np.ndarray]:
             continue
         path = pack.words(np.concatenate([above, own]))
         for at in part.asked:
-            places.append(_Place(int(own[at]), path))
+            places.append(_Place(row, int(own[at]), path))
             labels.append(part.labels[at])
     return places, np.asarray(labels, np.float32)
 
@@ -64,7 +67,10 @@ def _pooled(forward: Forward, pack: Pack, places: Sequence[_Place], pool: str) -
     states = forward.states(pack, at)
     if pool == "pooler":
         pooler: Any = forward.model.base_model.pooler
-        pooled: Tensor = pooler(states[:, None])  # it takes the first of each row's tokens
+        if isinstance(pooler, torch.nn.Linear):  # ALBERT keeps its activation beside it
+            pooled: Tensor = forward.model.base_model.pooler_activation(pooler(states))
+        else:
+            pooled = pooler(states[:, None])  # it takes the first of each row's tokens
         return pooled
     return states
 
@@ -80,16 +86,22 @@ def _means(forward: Forward, pack: Pack, paths: Sequence[np.ndarray]) -> Tensor:
     return sums / lengths.to(states.device)[:, None]
 
 
-def task_logits(forward: Forward, head: TaskHead, rows: Sequence[Row], budget: int) -> Iterator[tuple[list[int], Tensor]]:
-    """The head's answers to many rows without gradient, pack by pack: places of the rows, and logits [rows, outputs].
+def task_answers(forward: Forward, head: TaskHead, rows: Sequence[Row], budget: int) -> Iterator[tuple[list[int], Said]]:
+    """The head's answers to many rows without gradient, pack by pack: places of the rows, in the pack's order, and what is said.
 
-    Every row is asked once, at its last token. Rows of one length lie together, so that little is padded within a pack.
+    Rows of one length lie together, so that little is padded within a pack.
     """
     order = sorted(range(len(rows)), key=lambda index: rows[index].tokens)
     for chosen in _filled([forward.size(rows[index]) for index in order], budget):
         places = [order[at] for at in chosen]
         with torch.no_grad():
-            yield places, read_task_head(forward, forward.pack([rows[index] for index in places]), head).logits
+            yield places, read_task_head(forward, forward.pack([rows[index] for index in places]), head)
+
+
+def task_logits(forward: Forward, head: TaskHead, rows: Sequence[Row], budget: int) -> Iterator[tuple[list[int], Tensor]]:
+    """The same of rows that are asked once each, at the end: places of the rows, and logits [rows, outputs]."""
+    for places, said in task_answers(forward, head, rows, budget):
+        yield places, said.logits
 
 
 def _filled(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:

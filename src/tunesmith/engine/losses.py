@@ -34,4 +34,7 @@ def loss_of(
 
 def weight_of(rows: Sequence[Row], objective: Objective) -> float:
     """What the objective's sum over a step of these rows is divided by."""
-    return float(sum(row.asked_tokens if objective.reads_labels else row.supervised_tokens for row in rows))
+    if not objective.reads_labels:
+        return float(sum(row.supervised_tokens for row in rows))
+    asked = [part.labels[part.asked] for row in rows for part in row.segments if part.labels is not None]
+    return float(sum(objective.counts(labels) for labels in asked))

@@ -63,14 +63,14 @@ class Model:
         """Take this model's adapters off its base, which then computes exactly what it did before."""
         for adapter in reversed(self.adapters):
             adapter.detach()
-            _attached(self.base).remove(adapter)
+            attached_to(self.base).remove(adapter)
         self.adapters = []
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Run with exactly this model's adapters, whatever else is attached to the base."""
         with ExitStack() as stack:
-            for adapter in reversed(_attached(self.base)):  # in-place ones lie upon one another
+            for adapter in reversed(attached_to(self.base)):  # in-place ones lie upon one another
                 if adapter not in self.adapters:
                     stack.enter_context(adapter.disabled())
             yield
@@ -86,7 +86,7 @@ def forward_of(base: Base) -> Forward:
     return kept
 
 
-def _attached(base: Base) -> list[Adapter]:
+def attached_to(base: Base) -> list[Adapter]:
     """All adapters on the base's model, kept on the model itself so that they live as long as it does."""
     attached: list[Adapter] = base.model.__dict__.setdefault("ts_attached", [])
     return attached
@@ -100,7 +100,7 @@ def attach_to(model: Base | Model, expression: str, *, name: str = "", keep_orig
     start = model if isinstance(model, Model) else Model(model)
     base = start.base
     forward_of(base)
-    for other in _attached(base):
+    for other in attached_to(base):
         if other.in_place and other not in start.adapters:
             raise AdapterError(
                 f"'{other.expression}' of another model has changed this base's own weights.",
@@ -108,8 +108,7 @@ def attach_to(model: Base | Model, expression: str, *, name: str = "", keep_orig
             )
     for adapter in start.adapters:
         adapter.freeze()
-    taken = {adapter.name for adapter in _attached(base)}
-    unique = name or next(f"adapter{n}" for n in range(len(taken) + 1) if f"adapter{n}" not in taken)
+    unique = name or free_name(base, "adapter", first=0)
     new_words = [] if start.adapters else base.new_token_ids
     adapter = attach(
         base.model,
@@ -120,9 +119,18 @@ def attach_to(model: Base | Model, expression: str, *, name: str = "", keep_orig
         seed=seed,
         encode=_encoder(base),
         fingerprint=base.fingerprint,
+        beneath=[each.digest for each in start.adapters],
     )
-    _attached(base).append(adapter)
+    attached_to(base).append(adapter)
     return Model(base, [*start.adapters, adapter], start.name)
+
+
+def free_name(base: Base, stem: str, first: int | None = None) -> str:
+    """A name that no adapter on the base has: the stem, or the stem and a number. first: the number to begin with, None for none."""
+    taken = {adapter.name for adapter in attached_to(base)}
+    stem = stem.replace(".", "-").replace("~", "-") or "run"
+    numbers = range(1 if first is None else first, len(taken) + 2)
+    return next(name for name in [*([stem] if first is None else []), *(f"{stem}{n}" for n in numbers)] if name not in taken)
 
 
 def _encoder(base: Base) -> Callable[[str], list[int]]:
@@ -132,4 +140,4 @@ def _encoder(base: Base) -> Callable[[str], list[int]]:
 
 def add_adapter(base: Base, adapter: Adapter) -> None:
     """Note an adapter that was loaded from files, so that `active` can leave it out for others."""
-    _attached(base).append(adapter)
+    attached_to(base).append(adapter)

@@ -7,80 +7,35 @@ index arithmetic over rows; it knows no model.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tunesmith.adapters import Route
 from tunesmith.core.errors import RunError
 from tunesmith.core.row import ROOT, Row, Segment
+from tunesmith.engine.buckets import Bucket, Span, fill_buckets, padded_queries
 from tunesmith.engine.virtual import NO_EXTRA, Extra, inserted
 
-_PAD_WASTE = 1.3
-"""A bucket is closed when padding would make its attention cost more than this times the exact cost."""
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a pack that go one way, and lie there one after another. route: names of adapters; None: all that are switched on.
 
-LONG = 640 * 640
-"""Queries x keys from which saved probabilities cost more memory than computing them again costs time."""
-
-
-@dataclass(slots=True)
-class Bucket:
-    """Segments of similar size, attended to in one batched product.
-
-    query: token indices, [segments, queries]; key: token indices, [segments, keys]; padded with 0.
-    query_at, key_at: positions on the path, same shapes; padded keys have a position that nothing may see.
-    pad: flat indices of the padded queries.
+    extra: virtual tokens among them. rows, tokens, spans: how many. leading: spans before those of the rows: one, where virtual
+    tokens that all paths begin with lie there once.
     """
 
-    query: Tensor
-    key: Tensor
-    query_at: Tensor
-    key_at: Tensor
-    pad: Tensor
-    _allowed: dict[tuple[bool, int | None], Tensor] = field(default_factory=dict)
-    _unseen: dict[tuple[bool, int | None, torch.dtype], Tensor] = field(default_factory=dict)
-
-    def allowed(self, causal: bool, window: int | None) -> Tensor:
-        """[segments, queries, keys]: True where the query may see the key."""
-        name = (causal, window)
-        if name not in self._allowed:
-            distance = self.query_at[:, :, None] - self.key_at[:, None, :]
-            seen = (self.key_at >= 0)[:, None, :].expand(distance.shape)
-            if causal:
-                seen = seen & (distance >= 0)
-            if window is not None:
-                seen = seen & (distance.abs() < window)
-            self._allowed[name] = seen.contiguous()
-        return self._allowed[name]
-
-    def unseen(self, causal: bool, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[segments, queries, keys]: to be added to scores: 0 where the query may see the key, else minus infinity."""
-        name = (causal, window, dtype)
-        if name not in self._unseen:
-            nothing = torch.zeros(self.query.shape[0], self.query.shape[1], self.key.shape[1], dtype=dtype, device=self.query.device)
-            self._unseen[name] = nothing.masked_fill_(~self.allowed(causal, window), float("-inf"))
-        return self._unseen[name]
-
-    @property
-    def long(self) -> bool:
-        """Whether its probabilities take more memory to keep than time to compute again."""
-        return self.query.shape[1] * self.key.shape[1] > LONG
-
-    def to(self, device: torch.device) -> Bucket:
-        """The same on a device."""
-        query, key, query_at, key_at, pad = (x.to(device) for x in (self.query, self.key, self.query_at, self.key_at, self.pad))
-        return Bucket(query, key, query_at, key_at, pad)
-
-
-class Span(NamedTuple):
-    """Tokens that are attended as one, and the tokens that they continue; flat indices, in order."""
-
-    own: np.ndarray
-    above: np.ndarray
+    route: Route | None
+    extra: Extra
+    rows: int
+    tokens: int
+    spans: int
+    leading: int
 
 
 @dataclass(slots=True)
@@ -96,8 +51,9 @@ class Pack:
     on several paths is then read from the first. spans: of each stretch that is attended as one, its tokens and those
     before them, like own and above: the segments, or the paths of an unrolled pack. shared: some token is a key of several
     spans. padded: the token of each padded query of all buckets, one after another; pad: places among them that are padding.
-    kept: what a device's attention makes of the pack once and needs in every layer. extra: virtual tokens in it. laid: the rows
-    as they lie in it, with the virtual tokens that stand within them; segments are the same ones in the same order.
+    kept: what a device's attention makes of the pack once and needs in every layer. laid: the rows as they lie in it, with the
+    virtual tokens that stand within them; segments are the same ones in the same order. parts: one, or several where rows go
+    through different adapters. order: place of each row among those given, [rows]; another than the given one with several parts.
     """
 
     rows: list[Row]
@@ -118,8 +74,9 @@ class Pack:
     shared: bool
     padded: Tensor
     pad: Tensor
-    extra: Extra
     laid: list[Row]
+    parts: list[Part]
+    order: list[int]
     kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def places(self) -> Iterator[tuple[Bucket, slice]]:
@@ -146,15 +103,16 @@ class Pack:
         return len(self.segment_row)
 
     @property
-    def leading(self) -> int:
-        """Spans before those of the rows: one, where virtual tokens that all paths begin with lie there once."""
-        return int(len(self.extra.root) > 0 and (self.extra.shared or not self.unrolled))
+    def mixed(self) -> bool:
+        """Whether rows are told which adapters they go through."""
+        return self.parts[0].route is not None
 
     def words(self, tokens: np.ndarray) -> np.ndarray:
         """Of these flat indices those that are no virtual tokens."""
-        if not self.extra:
+        vocabulary = max(part.extra.vocabulary for part in self.parts)
+        if not vocabulary:
             return tokens
-        return tokens[self.ids[torch.from_numpy(tokens).to(self.ids.device)].cpu().numpy() < self.extra.vocabulary]
+        return tokens[self.ids[torch.from_numpy(tokens).to(self.ids.device)].cpu().numpy() < vocabulary]
 
     def path(self, segment: int) -> Tensor:
         """Flat indices of all tokens from the root to the end of a segment."""
@@ -206,13 +164,35 @@ def unrolled_tokens(row: Row) -> int:
 def build_pack(rows: Sequence[Row], *, unroll: bool = False, extra: Extra = NO_EXTRA) -> Pack:
     """One pack of these rows. unroll: every root-to-leaf path for itself, for models that see a token's continuation. extra:
     virtual tokens to put among them."""
-    laid = [inserted(row, extra) for row in rows]
-    layout = _unrolled(laid, extra) if unroll else _layout(laid, extra)
-    buckets, back = _buckets(layout.spans, len(layout.ids))
+    return _pack([(None, extra, list(range(len(rows))))], rows, unroll)
+
+
+def build_mixed(rows: Sequence[Row], routes: Sequence[Route], extras: Mapping[Route, Extra], *, unroll: bool = False) -> Pack:
+    """One pack of rows that each go through adapters of their own; those of one route lie together. extras: of each route."""
+    together: dict[Route, list[int]] = {}
+    for index, route in enumerate(routes):
+        together.setdefault(route, []).append(index)
+    return _pack([(route, extras[route], chosen) for route, chosen in together.items()], rows, unroll)
+
+
+def _pack(groups: Sequence[tuple[Route | None, Extra, list[int]]], given: Sequence[Row], unroll: bool) -> Pack:
+    """A pack of groups of rows, each (route, virtual tokens, which of the rows given)."""
+    order = [index for _, _, chosen in groups for index in chosen]
+    laid, layouts, parts, lengths = list[Row](), list[_Layout](), list[Part](), list[np.ndarray]()
+    for route, extra, chosen in groups:
+        own = [inserted(given[index], extra) for index in chosen]
+        layout = _unrolled(own, extra) if unroll else _layout(own, extra)
+        leading = int(len(extra.root) > 0 and (extra.shared or not unroll))
+        parts.append(Part(route, extra, len(own), len(layout.ids), len(layout.spans), leading))
+        lengths.append(_lengths(own, layout, len(extra.root)))
+        laid += own
+        layouts.append(layout)
+    layout = _beside(layouts, parts)
+    buckets, back = fill_buckets(layout.spans, len(layout.ids))
     source, target, owner = _targets(laid, layout)
     as_tensor = torch.from_numpy
     return Pack(
-        rows=list(rows),
+        rows=[given[index] for index in order],
         ids=as_tensor(layout.ids),
         positions=as_tensor(_concat([np.arange(len(span.own)) + len(span.above) for span in layout.spans])),
         source=as_tensor(source),
@@ -220,7 +200,7 @@ def build_pack(rows: Sequence[Row], *, unroll: bool = False, extra: Extra = NO_E
         segment=as_tensor(owner),
         segment_row=layout.row,
         segment_index=layout.index,
-        lengths=as_tensor(_lengths(rows, layout, len(extra.root))),
+        lengths=as_tensor(_concat(lengths)),
         own=layout.own,
         above=layout.above,
         spans=layout.spans,
@@ -229,16 +209,11 @@ def build_pack(rows: Sequence[Row], *, unroll: bool = False, extra: Extra = NO_E
         unrolled=unroll,
         shared=any(len(span.above) for span in layout.spans),
         padded=torch.cat([bucket.query.flatten() for bucket in buckets]),
-        pad=_pads(buckets),
-        extra=extra,
+        pad=padded_queries(buckets),
         laid=laid,
+        parts=parts,
+        order=order,
     )
-
-
-def _pads(buckets: Sequence[Bucket]) -> Tensor:
-    """Places of the padded queries among those of all buckets."""
-    starts = np.cumsum([0, *(bucket.query.numel() for bucket in buckets)])
-    return torch.cat([bucket.pad + int(start) for bucket, start in zip(buckets, starts, strict=False)])
 
 
 def _concat(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -316,6 +291,22 @@ def _unrolled(rows: Sequence[Row], extra: Extra) -> _Layout:
     return out
 
 
+def _beside(layouts: Sequence[_Layout], parts: Sequence[Part]) -> _Layout:
+    """Layouts one after another; itself where there is one."""
+    if len(layouts) == 1:
+        return layouts[0]
+    out = _Layout(_concat([layout.ids for layout in layouts]), [], [], [], [], [], [])
+    start = first = 0
+    for layout, part in zip(layouts, parts, strict=True):
+        out.own += [own + start for own in layout.own]
+        out.above += [above + start for above in layout.above]
+        out.row += [row + first for row in layout.row]
+        out.index += layout.index
+        out.spans += [Span(span.own + start, span.above + start) for span in layout.spans]
+        start, first = start + part.tokens, first + part.rows
+    return out
+
+
 def _ids(segments: Sequence[Segment]) -> np.ndarray:
     return _concat([segment.ids for segment in segments]).astype(np.int64)
 
@@ -339,44 +330,3 @@ def _lengths(rows: Sequence[Row], layout: _Layout, root: int) -> np.ndarray:
     for span, row in zip(layout.spans, layout.span_row, strict=True):
         longest[row] = max(longest[row], len(span.above) + len(span.own) - root)
     return _concat([np.full(len(span.own), longest[row], dtype=np.int64) for span, row in zip(layout.spans, layout.span_row, strict=True)])
-
-
-def _buckets(spans: Sequence[Span], tokens: int) -> tuple[list[Bucket], Tensor]:
-    sizes = [(len(span.above) + len(span.own), len(span.own)) for span in spans]
-    order = sorted((index for index, size in enumerate(sizes) if size[1]), key=lambda index: sizes[index])
-    groups: list[list[int]] = []
-    exact = 0
-    for index in order:
-        keys, queries = sizes[index]
-        if groups:
-            group = groups[-1]
-            widest = max(queries, *(sizes[i][1] for i in group))
-            if keys * widest * (len(group) + 1) <= _PAD_WASTE * (exact + keys * queries):
-                group.append(index)
-                exact += keys * queries
-                continue
-        groups.append([index])
-        exact = keys * queries
-    back = np.zeros(tokens, dtype=np.int64)
-    buckets, offset = [], 0
-    for group in groups:
-        buckets.append(_bucket([spans[index] for index in group], back, offset))
-        offset += buckets[-1].query.numel()
-    return buckets, torch.from_numpy(back)
-
-
-def _bucket(group: Sequence[Span], back: np.ndarray, offset: int) -> Bucket:
-    queries = max(len(span.own) for span in group)
-    keys = max(len(span.above) + len(span.own) for span in group)
-    query, key = np.zeros((len(group), queries), np.int64), np.zeros((len(group), keys), np.int64)
-    query_at, key_at = np.zeros_like(query), np.full_like(key, -1)
-    padded = np.ones((len(group), queries), bool)
-    for at, (own, above) in enumerate(group):
-        n, m = len(own), len(above)
-        query[at, :n], key[at, :m], key[at, m : m + n] = own, above, own
-        query_at[at, :n], query_at[at, n:], key_at[at, : m + n] = np.arange(m, m + n), m, np.arange(m + n)
-        padded[at, :n] = False
-        back[own] = offset + at * queries + np.arange(n)
-    as_tensor = torch.from_numpy
-    pad = as_tensor(np.flatnonzero(padded.ravel()))
-    return Bucket(as_tensor(query), as_tensor(key), as_tensor(query_at), as_tensor(key_at), pad)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tunesmith.adapters import Route
+
 _QUERIES, _KEYS = 16, 32
 """Attention is computed for multiples of so many queries and keys."""
 
@@ -87,14 +89,18 @@ class Prefill:
     """The attention of one reading. prompts: what is new of each, and the keys before it.
 
     ids, positions: the line of tokens, [tokens]. last: where each prompt ends in it, the last one repeated for a round number.
+    parts: (route, tokens) of what lies in it, where the prompts have `routes`.
     """
 
-    def __init__(self, prompts: Sequence[tuple[Sequence[int], Keys | None]], device: torch.device) -> None:
+    def __init__(
+        self, prompts: Sequence[tuple[Sequence[int], Keys | None]], device: torch.device, routes: Sequence[Route] | None = None
+    ) -> None:
         flat = [token for ids, _ in prompts for token in ids]
         lengths = [len(ids) for ids, _ in prompts]
         if len(flat) % _QUERIES:  # matrix products of few rows, or of odd numbers, may round in another way
             lengths.append(_up(len(flat), _QUERIES) - len(flat))
             flat += [0] * lengths[-1]
+        self.parts = [] if routes is None else list(zip([*routes, routes[-1]], lengths, strict=False))  # padding goes along
         self.starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
         self.count = len(prompts)
         self._above = list({id(held): held for _, held in prompts if held is not None}.values())
@@ -165,34 +171,34 @@ class PrefixCache:
 
     def __init__(self, tokens: int = 8192) -> None:
         self.tokens = tokens
-        self._held: OrderedDict[tuple[int, ...], Keys] = OrderedDict()
+        self._held: OrderedDict[tuple[Route, tuple[int, ...]], Keys] = OrderedDict()
         self._model: list[Any] = []
 
     def clear(self) -> None:
         """Forget everything."""
         self._held.clear()
 
-    def longest(self, model: nn.Module, prompt: Sequence[int]) -> Keys | None:
-        """Keys of the longest kept beginning that leaves at least one token of the prompt to read."""
+    def longest(self, model: nn.Module, prompt: Sequence[int], route: Route = ()) -> Keys | None:
+        """Keys of the longest kept beginning that leaves at least one token of the prompt to read. route: the prompt's, in a mix."""
         self._renew(model)
         best, found = 0, None
-        for ids in self._held:
-            same = _common(ids, prompt[:-1])
+        for held in self._held:
+            same = _common(held[1], prompt[:-1]) if held[0] == route else 0
             if same > best:
-                best, found = same, ids
+                best, found = same, held
         if found is None:
             return None
         self._held.move_to_end(found)
         return self._held[found].part(0, best)
 
-    def keep(self, model: nn.Module, prompt: Sequence[int], held: Keys) -> None:
+    def keep(self, model: nn.Module, prompt: Sequence[int], held: Keys, route: Route = ()) -> None:
         """Remember a prompt, unless it is longer than the whole cache."""
         self._renew(model)
-        ids = tuple(prompt)
-        if held.tokens > self.tokens or ids in self._held:
+        name = (route, tuple(prompt))
+        if held.tokens > self.tokens or name in self._held:
             return
-        self._held[ids] = held.kept()
-        while sum(map(len, self._held)) > self.tokens:
+        self._held[name] = held.kept()
+        while sum(len(ids) for _, ids in self._held) > self.tokens:
             self._held.popitem(last=False)
 
     def _renew(self, model: nn.Module) -> None:

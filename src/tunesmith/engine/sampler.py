@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tunesmith.adapters import Route
 from tunesmith.core.errors import RunError, SpecError
 from tunesmith.engine.choosing import Choices, Sampling, choices_of, choose
 from tunesmith.engine.decoders import Decoder, decoder_for
@@ -51,6 +52,7 @@ def generate(
     seeds: Sequence[int] | None = None,
     choices: Sequence[Sequence[int]] | None = None,
     prefixes: PrefixCache | None = None,
+    routes: Sequence[Route] | None = None,
     on_text: Callable[[int, str], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
@@ -60,7 +62,8 @@ def generate(
     tokenizer's and the model's own. batch: rows decoded at once. budgets: most new tokens for each prompt, instead of the
     sampling's. seeds: what each prompt's random numbers start from, beside the sampling's seed; its place, if not given.
     choices: answers (token ids) of which each answer is one, chosen token by token among those that go on like it; which
-    one it is, its ids say. prefixes: prompts read in earlier calls. on_text: called with (place of the answer, piece) as
+    one it is, its ids say. prefixes: prompts read in earlier calls. routes: which adapters each prompt goes through, within
+    `mixed`. on_text: called with (place of the answer, piece) as
     text appears, for chat. progress: called with the number of answers just finished.
 
     A row's numbers do not depend on the rows beside it, at the same decoding size to the last bit: the batch is padded to
@@ -73,6 +76,8 @@ def generate(
     sampling = sampling or Sampling()
     asked = [[int(token) for token in prompt] for prompt in prompts]
     room = [sampling.max_new_tokens] * len(asked) if budgets is None else [int(budget) for budget in budgets]
+    if (routes is None) != (forward.router is None):
+        raise ValueError("routes go with `mixed`, and it with them")
     _check(forward, asked, room, samples, len(asked) if seeds is None else len(seeds))
     if not asked:
         return []
@@ -84,11 +89,13 @@ def generate(
         for at in range(len(asked))
         for number in range(samples)
     ]
-    distinct = list(dict.fromkeys(map(tuple, asked)))
-    place = {ids: number for number, ids in enumerate(distinct)}
-    prompt_of = [place[tuple(asked[answer.index // samples])] for answer in answers]
-    waiting = sorted(range(len(answers)), key=lambda row: (len(distinct[prompt_of[row]]), prompt_of[row]))
-    decoder = decoder_for(forward, [list(ids) for ids in distinct], prompt_of, max(1, batch), prefixes)
+    named = list(zip([()] * len(asked) if routes is None else routes, map(tuple, asked), strict=True))
+    distinct = list(dict.fromkeys(named))
+    place = {name: number for number, name in enumerate(distinct)}
+    prompt_of = [place[named[answer.index // samples]] for answer in answers]
+    waiting = sorted(range(len(answers)), key=lambda row: (len(distinct[prompt_of[row]][1]), prompt_of[row]))
+    ways = None if routes is None else [route for route, _ in distinct]
+    decoder = decoder_for(forward, [list(ids) for _, ids in distinct], prompt_of, max(1, batch), prefixes, ways)
     steps = sum(answer.budget for answer in answers) // min(max(1, batch), len(answers))
     with forward.attention(decoder.attention), prepacked(forward.model, min(batch, len(answers)), repays(forward.model, steps)):
         _run(decoder, answers, deque(waiting), sampling, progress)

@@ -116,6 +116,11 @@ def _check(model: Model) -> None:
             f"'{model.adapter.expression}' writes into weights of the base, which would be spread.",
             hints=["Nearest that works here:  train.sharding=none"],
         )
+    if any(not parameter.is_floating_point() for layer in blocks(net)[1] for parameter in layer.parameters()):
+        raise RunError(
+            "the base is kept in 4 bits, and its codes cannot be spread.",
+            hints=["Nearest that works here:  train.sharding=none", "Or leave out base.quantise"],
+        )
     for layer in blocks(net)[1]:
         dtypes = _dtypes(parameter for parameter in layer.parameters() if parameter.requires_grad)
         if len(dtypes) > 1:

@@ -28,7 +28,7 @@ from tunesmith.engine.compiling import compiled, decide
 from tunesmith.engine.dealing import Deal, deal
 from tunesmith.engine.guard import bad_step, check_alike, diverged, gone_wrong, remembered
 from tunesmith.engine.losses import loss_of, weight_of
-from tunesmith.engine.memory import in_mode, out_of_memory, recomputing, release
+from tunesmith.engine.memory import Room, in_mode, out_of_memory, recomputing, release
 from tunesmith.engine.model import Model
 from tunesmith.engine.optimizer import Optimizer, learning_rate
 from tunesmith.engine.preparing import digest, prepare
@@ -97,6 +97,7 @@ class Trainer:
         self.save_every = spec.train.save_every or self.every
         self.order = partial(rows_of_step, rows=len(rows), batch=spec.train.batch, seed=spec.train.seed)
         self.state = State()
+        self.room = Room()
         self._asked = self._stop = False  # this process was asked to stop; all processes stop after this step
         if spec.train.patience is not None and dev is None:
             hints = ["Set some apart:  data.dev=10%", "Or train to the end:  train.patience=null"]
@@ -279,6 +280,7 @@ class Trainer:
     def _backward(self, rows: list[Row], micro: int, weight: float, sums: dict[str, float] | None) -> Tensor:
         """One micro-batch: its gradient, and its loss before the division by the step's weight (inf: nothing is to be learned)."""
         torch.manual_seed(_mix(self.spec.train.seed, self.state.step, micro))
+        self.room.before(sum(row.tokens for row in rows))
         forward = self.model.forward
         loss = loss_of(forward, self.adapter, forward.pack(rows), self.objective, self.options, logging=sums is not None)
         (loss.total / weight).backward()

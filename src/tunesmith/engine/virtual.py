@@ -48,9 +48,9 @@ class Extra:
 NO_EXTRA = Extra(np.zeros(0, np.int64), True, (), 0)
 
 
-def extra_of(model: Any) -> Extra:
-    """The virtual tokens of the adapters that are switched on."""
-    on = standing(model)
+def extra_of(model: Any, names: Sequence[str] | None = None) -> Extra:
+    """The virtual tokens of the adapters that are switched on, or of some of these, by name."""
+    on = standing(model, names)
     if not on:
         return NO_EXTRA
     vocabulary = vocabulary_of(model)

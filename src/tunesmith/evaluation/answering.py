@@ -17,11 +17,14 @@ from tunesmith.data.lengths import drop_oldest_turns, longest_path
 from tunesmith.data.rows import notes_of
 from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.asking import Answered, Answerer, OnText, Progress, Question, Reply, cut_note
+from tunesmith.engine.mixing import mixed, route_of
 from tunesmith.engine.model import Model
 from tunesmith.engine.sampler import Sampling, generate
 from tunesmith.engine.server import Server
-from tunesmith.evaluation.classifying import label_logits
+from tunesmith.evaluation.choosing import choice_scores
+from tunesmith.evaluation.classifying import check_head, label_logits
 from tunesmith.evaluation.prompting import Ask
+from tunesmith.evaluation.tagging import said_tags
 from tunesmith.evaluation.task import Task
 
 Way = Literal["head", "likelihood", "generation"]
@@ -49,11 +52,15 @@ class System:
         return answerer(self.model, batch)
 
     def way(self, task: Task) -> Way:
-        """How it answers: with its task head, with the likeliest label, or in words.
+        """How it answers: with its task head, with the likeliest label or candidate, or in words.
 
-        Raises SpecError where likelihoods would be needed from a server, which tells none, or words from an encoder.
+        Raises SpecError where likelihoods would be needed from a server, which tells none, words from an encoder, and tags or
+        numbers from anything but a head that was trained for them.
         """
-        choose = task.kind == "label" and not self.reasons
+        choose = task.kind in ("label", "choice") and not self.reasons
+        if task.kind in ("tags", "value"):
+            self._require_head(task)
+            return "head"
         if isinstance(self.model, Server):
             if choose and task.scoring != "generation":
                 raise SpecError(
@@ -66,6 +73,15 @@ class System:
             return "head"
         refuse_prompts(self.model, self.name)
         return "likelihood" if choose and task.scoring != "generation" else "generation"
+
+    def _require_head(self, task: Task) -> None:
+        if task.scoring != "auto":
+            what = f"task.scoring={task.scoring} asks for labels in words, and the task is of kind {task.kind}."
+            raise SpecError(what, where="task.scoring", hints=["Leave task.scoring out."])
+        if isinstance(self.model, Server):
+            told = "tags of words are" if task.kind == "tags" else "a number is"
+            raise SpecError(f"{told} said by a task head, and a server has none.", where=self.name, hints=["Ask a run:  runs/NAME"])
+        check_head(self.model, task)
 
 
 def refuse_prompts(model: Model, where: str = "") -> None:
@@ -82,7 +98,7 @@ def refuse_prompts(model: Model, where: str = "") -> None:
 class Answers:
     """What a system said, in the order of the records. prompt_tokens, completion_tokens: of all together.
 
-    texts: what was said. labels: what was chosen, where the system chose. first_prompt: the exact text read first.
+    texts: what was said (tags of words parted by spaces). labels: what was chosen, where it was. first_prompt: the exact text read first.
     turns: of dialogues, each assistant turn as said, with the dialogue cut there: its last message is the gold turn.
     """
 
@@ -132,16 +148,16 @@ def score_options(model: Model, rows: Sequence[Row], progress: Progress | None =
 
 
 def by_likelihood(system: System, model: Model, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
-    """The label of the highest likelihood for each record."""
+    """The label, or the candidate, of the highest likelihood for each record."""
     renderer = model.renderer
     rows = []
     for record in records:
         with located(record.where):
-            rows.append(renderer.options(system.ask(record), task.labels, tools=record.tools or None, where=record.where))
+            rows.append(renderer.options(system.ask(record), task.among(record), tools=record.tools or None, where=record.where))
     _check_context(model, rows)
     scores = score_options(model, rows, progress)
-    best = [max(range(len(task.labels)), key=own.__getitem__) for own in scores]
-    chosen = [task.labels[index] for index in best]
+    best = [max(range(len(own)), key=own.__getitem__) for own in scores]
+    chosen = [task.among(record)[index] for record, index in zip(records, best, strict=True)]
     return Answers(
         texts=chosen,
         labels=chosen,
@@ -164,17 +180,33 @@ def _check_context(model: Model, rows: Sequence[Row]) -> None:
 
 
 def by_head(model: Model, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
-    """The label that the model's task head says of each record."""
-    rows, logits = label_logits(model, task, records, progress)
+    """What the model's task head says of each record: a label, a tag of each word, a number, or the best candidate."""
+    check_head(model, task)
     assert model.head is not None
-    chosen = [model.head.labels[index] for index in logits.argmax(-1).tolist()]
-    tokens = [row.tokens for row in rows]
+    chosen: list[str] | None = None
+    missed = 0
+    if task.kind == "tags":
+        rows, tags, missed = said_tags(model, task, records, progress)
+        texts = [" ".join(each) for each in tags]
+    elif task.kind == "choice":
+        rows, scores = choice_scores(model, task, records, progress)
+        chosen = [record.choices[own.index(max(own))] for record, own in zip(records, scores, strict=True)]
+        texts = chosen
+    else:
+        rows, logits = label_logits(model, task, records, progress)
+        if task.kind == "value":
+            texts = [f"{value:.6g}" for value in (logits[:, 0] * model.head.way.deviation + model.head.way.mean).tolist()]
+        else:
+            chosen = texts = [model.head.labels[index] for index in logits.argmax(-1).tolist()]
+    notes = [f"{note} ({count} rows)" for note, count in notes_of(rows).items()]
+    if missed:
+        notes.append(f"{missed:,} words were not read; what they are part of counts as missed")
     return Answers(
-        texts=chosen,
+        texts=texts,
         labels=chosen,
-        prompt_tokens=sum(tokens),
-        first_prompt=model.base.tokenizer.decode(rows[0].segments[0].ids.tolist()),
-        notes=[f"{note} ({count} rows)" for note, count in notes_of(rows).items()],
+        prompt_tokens=sum(row.tokens for row in rows),
+        first_prompt=model.base.tokenizer.decode([int(token) for part in rows[0].segments[:2] for token in part.ids]),
+        notes=notes,
     )
 
 
@@ -205,21 +237,28 @@ def questions(system: System, records: Sequence[Record]) -> list[Question]:
 @dataclass(frozen=True, slots=True)
 class InProcess:
     """A model in this process as an answerer. batch: rows generated at once. shorten: histories that leave no room in the
-    context lose whole oldest turns."""
+    context lose whole oldest turns. each: of each question the model on the same base that answers it, where that is not `model`."""
 
     model: Model
     batch: int = 32
     shorten: bool = True
+    each: Sequence[Model] | None = None
 
     def session(self) -> AbstractContextManager[None]:
-        """The model with exactly its adapters."""
-        return self.model.active()
+        """The model with exactly its adapters, or all models that answer at once."""
+        return self.model.active() if self.each is None else mixed(self.model.base, self.each)
+
+    @property
+    def context_length(self) -> int | None:
+        """Of whichever has the least room."""
+        lengths = [model.context_length for model in self.each or [self.model]]
+        return min([length for length in lengths if length is not None], default=None)
 
     def answer(
         self, asked: Sequence[Question], sampling: Sampling, *, progress: Progress | None = None, on_text: OnText | None = None
     ) -> Answered:
         """Raises RunError where an answer of `max_new_tokens` leaves no room at all, DataError where a last turn alone does."""
-        model, context, room = self.model, self.model.context_length, sampling.max_new_tokens
+        model, context, room = self.model, self.context_length, sampling.max_new_tokens
         if self.shorten and context and room >= context:
             what = f"answers of {room:,} tokens leave no room for a question in a context of {context:,}."
             raise RunError(what, hints=["Lower it:  task.max_new_tokens=N"])
@@ -235,9 +274,18 @@ class InProcess:
                     ids = renderer.prompt(kept, tools=tools).ids
                     shortened += 1
             prompts.append(ids)
-        read = model.forward.prompts(prompts)
+        routes = None if self.each is None else [route_of(one) for one in self.each]
+        read = model.forward.prompts(prompts, routes)
         done = generate(
-            model.forward, tokenizer, read, sampling, ends=renderer.stop_ids, batch=self.batch, progress=progress, on_text=on_text
+            model.forward,
+            tokenizer,
+            read,
+            sampling,
+            ends=renderer.stop_ids,
+            batch=self.batch,
+            routes=routes,
+            progress=progress,
+            on_text=on_text,
         )
         replies = [Reply(one.text, one.finished, len(ids), len(one.ids)) for one, ids in zip(done, prompts, strict=True)]
         lost = f"{shortened} of {len(prompts)} prompts left no room for an answer in {context:,} tokens and lost their oldest turns"

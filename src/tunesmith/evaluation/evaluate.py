@@ -1,7 +1,7 @@
 """Asking a system questions and judging its answers.
 
-Label tasks: a task head, the likeliest label, or generation and parsing. Generative tasks: generation and a metric. Dialogues: every
-assistant turn is asked for, under the gold history or under the system's own.
+Label tasks: a task head, the likeliest label, or generation and parsing. Tags and numbers: a task head. Generative tasks:
+generation and a metric. Dialogues: every assistant turn is asked for, under the gold history or under the system's own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from tunesmith.evaluation.dialogues import by_turns, turn_scores
 from tunesmith.evaluation.labels import parse_label
 from tunesmith.evaluation.metrics import metric, score_all
 from tunesmith.evaluation.prompting import final_answer
+from tunesmith.evaluation.rating import closeness
 from tunesmith.evaluation.results import Evaluation, Judged
+from tunesmith.evaluation.tagging import sentence_score
 from tunesmith.evaluation.task import Task, is_dialogue
 
 __all__ = ["System", "evaluate", "evaluate_histories", "score_options"]
@@ -87,20 +89,26 @@ def evaluate_histories(
 def _judge(system: System, task: Task, records: Sequence[Record], answers: Answers) -> list[Judged]:
     golds = [task.gold(record) or "" for record in records]
     labels: list[str | None] = [None] * len(records)
-    if task.kind == "label":
-        labels = list(answers.labels) if answers.labels is not None else [_parsed(system, task, text) for text in answers.texts]
+    if task.kind in ("label", "choice"):
+        said = zip(records, answers.texts, strict=True)
+        labels = list(answers.labels) if answers.labels is not None else [_parsed(system, task, record, text) for record, text in said]
         scores = [float(label == gold) for label, gold in zip(labels, golds, strict=True)]
+    elif task.kind == "tags":
+        both = zip(golds, answers.texts, strict=True)
+        scores = [sentence_score(gold, text, task.labels, task.scheme) for gold, text in both]
+    elif task.kind == "value":
+        scores = closeness([float(gold) for gold in golds], [float(text) for text in answers.texts])
     elif answers.turns:
         golds = ["\n".join(task.gold(cut) or "" for _, cut in turns) for turns in answers.turns]
         scores = turn_scores(task, answers.turns)
     else:
-        said = [final_answer(text) for text in answers.texts] if system.reasons else answers.texts
-        scores = score_all(metric(task.metric), said, records)
+        spoken = [final_answer(text) for text in answers.texts] if system.reasons else answers.texts
+        scores = score_all(metric(task.metric), spoken, records)
     return [
         Judged(record.key(), record.where, record.question(), gold, text, label, score)
         for record, gold, text, label, score in zip(records, golds, answers.texts, labels, scores, strict=True)
     ]
 
 
-def _parsed(system: System, task: Task, text: str) -> str | None:
-    return parse_label(final_answer(text) if system.reasons else text, task.labels)
+def _parsed(system: System, task: Task, record: Record, text: str) -> str | None:
+    return parse_label(final_answer(text) if system.reasons else text, task.among(record))

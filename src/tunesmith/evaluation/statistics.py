@@ -7,34 +7,39 @@ carry evidence. Accuracies, differences and margins are shares between 0 and 1, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import scipy  # its parts load when they are first used
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from tunesmith.evaluation.resampling import TIE, Floats, Interval, paired_bootstrap, paired_permutation, quantile, units_of
+
+__all__ = [
+    "FEW",
+    "Interval",
+    "Measured",
+    "Verdict",
+    "VerdictWord",
+    "graded_verdict",
+    "holm",
+    "judged",
+    "mcnemar",
+    "paired_bootstrap",
+    "paired_difference",
+    "paired_permutation",
+    "questions_needed",
+    "unseen",
+    "verdict",
+    "verdicts",
+    "wilson",
+]
+
 VerdictWord = Literal["better", "worse", "equivalent", "undecided"]
 
-RESAMPLES = 9999
-_BATCH = 2**21  # numbers drawn at once: bounds the memory of resampling whatever the number of questions
-_TIE = 1e-12  # scores closer than this are the same
-_FEW = 20  # clusters; with fewer the bootstrap covers less than 93 %, so the graded verdict widens its interval
+FEW = 20  # clusters; with fewer the bootstrap covers less than 93 %, so the graded verdict widens its interval
 _EXACT_PLANNING = 2_000  # questions; beyond this the normal approximation of the power is right to about a percent
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A confidence interval, both ends included."""
-
-    low: float
-    high: float
-
-    def within(self, margin: float) -> bool:
-        """Whether the whole interval lies between -margin and +margin."""
-        return -margin <= self.low and self.high <= margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def paired_difference(wins: int, losses: int, n: int, level: float = 0.95) -> In
     Raises ValueError unless 0 <= wins + losses <= n and n >= 1.
     """
     _check_counts(n, wins=wins, losses=losses, discordant=wins + losses)
-    z = _quantile(level)
+    z = quantile(level)
     observed = (wins - losses) / n
     if wins == losses == 0:
         return Interval(-(z**2) / (n + z**2), z**2 / (n + z**2))
@@ -107,90 +112,7 @@ def _null_variance(wins: int, losses: int, n: int, difference: float) -> float:
     return max(n * (2 * share + difference * (1 - difference)), 0.0)
 
 
-# Graded scores, and questions that come in clusters
-
-
-def paired_bootstrap(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    clusters: Sequence[Hashable] | None = None,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """Interval of mean(a) - mean(b) over the same questions: the BCa bootstrap (Efron 1987).
-
-    clusters: what each question belongs to (its document, its dialogue); clusters are resampled whole. Coverage at 95 %,
-    simulated: 95 % from 100 clusters (questions, if none are given) on, 94 % with 50, 93 % with 20, 90 % with 10, 81 %
-    with 5. Where all clusters have the same mean difference there is nothing to resample: the interval has no width.
-    Raises ValueError for no questions, unequal lengths, or a score that is not finite.
-    """
-    sums, sizes = _units(a, b, clusters)
-    estimate = float(sums.sum() / sizes.sum())
-    if np.allclose(sums / sizes, estimate, rtol=0, atol=_TIE):
-        return Interval(estimate, estimate)
-
-    rng = np.random.default_rng(seed)
-    drawn = np.concatenate([_resample(sums, sizes, count, rng) for count in _rounds(resamples, len(sums))])
-    left_out = (sums.sum() - sums) / (sizes.sum() - sizes)
-    low, high = np.quantile(drawn, _bca_levels(drawn, left_out, estimate, level))
-    return Interval(float(low), float(high))
-
-
-def _resample(sums: Floats, sizes: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Means over units drawn with replacement, [count]."""
-    chosen = rng.integers(0, len(sums), size=(count, len(sums)))
-    return np.asarray(sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1))
-
-
-def _bca_levels(drawn: Floats, left_out: Floats, estimate: float, level: float) -> Floats:
-    """The two quantiles to read off, corrected for bias and acceleration (Efron & Tibshirani 1993, eq. 14.10 to 14.15).
-
-    Own code because scipy's jackknife takes time and memory by the square of the number of questions.
-    """
-    below = (np.mean(drawn < estimate) + np.mean(drawn <= estimate)) / 2
-    bias = scipy.stats.norm.ppf(np.clip(below, 1 / len(drawn), 1 - 1 / len(drawn)))
-    influence = left_out.mean() - left_out
-    spread = np.sum(influence**2)
-    acceleration = np.sum(influence**3) / (6 * spread**1.5) if spread else 0.0
-    shifted = bias + np.array([-1, 1]) * _quantile(level)
-    return np.asarray(scipy.stats.norm.cdf(bias + shifted / (1 - acceleration * shifted)))
-
-
-def paired_permutation(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    clusters: Sequence[Hashable] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> float:
-    """Two-sided p that a and b are interchangeable: the signs of the paired differences are flipped.
-
-    Exact where all the sign patterns are no more than `resamples` (13 differing questions by default); else drawn at
-    random, the observed one counted in, so that p is never 0. clusters: flipped whole. Raises as `paired_bootstrap`.
-    """
-    sums, _ = _units(a, b, clusters)
-    differing = sums[np.abs(sums) > _TIE]  # a flipped zero changes nothing, and leaving it out keeps more cases exact
-    observed, tolerance = abs(differing.sum()), 1e-9 * np.abs(differing).sum()
-    exact = 2 ** len(differing) <= resamples
-    patterns = _all_flips(len(differing)) if exact else _drawn_flips(len(differing), resamples, seed)
-    totals = np.concatenate([differing.sum() - 2 * (flips @ differing) for flips in patterns])
-    extreme = int(np.sum(np.abs(totals) >= observed - tolerance))
-    return extreme / len(totals) if exact else (extreme + 1) / (resamples + 1)
-
-
-def _all_flips(units: int) -> Iterator[Floats]:
-    """Every pattern of flipped signs at once, [2^units, units], 1.0 where flipped."""
-    yield ((np.arange(2**units)[:, None] >> np.arange(units)) & 1).astype(np.float64)
-
-
-def _drawn_flips(units: int, count: int, seed: int) -> Iterator[Floats]:
-    """Random patterns of flipped signs, [at most a batch, units] at a time, 1.0 where flipped."""
-    rng = np.random.default_rng(seed)
-    for size in _rounds(count, units):
-        yield rng.integers(0, 2, size=(size, units), dtype=np.int8).astype(np.float64)
+# Several comparisons at once
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -219,7 +141,7 @@ def questions_needed(wins: int, losses: int, n: int, *, power: float = 0.8, alph
     if wins == losses:
         return None
     rate, discordant = abs(wins - losses) / n, (wins + losses) / n
-    z_alpha, z_power = _quantile(1 - alpha), float(scipy.stats.norm.ppf(power))
+    z_alpha, z_power = quantile(1 - alpha), float(scipy.stats.norm.ppf(power))
     guess = (z_alpha * math.sqrt(discordant) + z_power * math.sqrt(discordant - rate**2)) ** 2 / rate**2 + 2 / rate
     if guess > _EXACT_PLANNING:
         return max(math.ceil(guess) - n, 0)
@@ -255,7 +177,7 @@ def _smallest(enough: Callable[[int], bool], guess: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Measured:
+class Measured:
     """A comparison before it is judged; `needed` tells, for an alpha, how many further questions it takes."""
 
     wins: int
@@ -317,12 +239,16 @@ def verdicts(
     So the chance that any of several equal systems is called better or worse stays below alpha. The questions needed
     are planned for alpha divided by the number of pairs: enough whatever the other comparisons turn out to be.
     """
-    measured = [_measure(a, b, clusters, alpha, seed) for a, b in pairs]
+    return judged([_measure(a, b, clusters, alpha, seed) for a, b in pairs], margin=margin, alpha=alpha)
+
+
+def judged(measured: Sequence[Measured], *, margin: float = 0.02, alpha: float = 0.05) -> list[Verdict]:
+    """Verdicts on comparisons that were measured in whatever way, corrected for one another as `verdicts` does."""
     adjusted = holm([m.p_value for m in measured])
-    return [_judge(m, margin, alpha, p, comparisons=len(pairs)) for m, p in zip(measured, adjusted, strict=True)]
+    return [_judge(m, margin, alpha, p, comparisons=len(measured)) for m, p in zip(measured, adjusted, strict=True)]
 
 
-def _judge(m: _Measured, margin: float, alpha: float, p_adjusted: float | None, comparisons: int) -> Verdict:
+def _judge(m: Measured, margin: float, alpha: float, p_adjusted: float | None, comparisons: int) -> Verdict:
     p = m.p_value if p_adjusted is None else p_adjusted
     word: VerdictWord = "undecided"
     if m.interval.within(margin):
@@ -334,42 +260,42 @@ def _judge(m: _Measured, margin: float, alpha: float, p_adjusted: float | None, 
     return Verdict(m.wins, m.losses, m.difference, *ends, m.p_value, p, word, None if needed is None else max(needed, 1))
 
 
-def _measure(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None, alpha: float, seed: int) -> _Measured:
+def _measure(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None, alpha: float, seed: int) -> Measured:
     if clusters is None and all(score in (0, 1) for scores in (a, b) for score in scores):
         return _measure_binary(a, b, alpha)
     return _measure_graded(a, b, clusters, alpha, seed)
 
 
-def _measure_binary(a: Sequence[float], b: Sequence[float], alpha: float) -> _Measured:
+def _measure_binary(a: Sequence[float], b: Sequence[float], alpha: float) -> Measured:
     n = len(a)
     wins = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     losses = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     interval = paired_difference(wins, losses, n, 1 - alpha)
-    return _Measured(
+    return Measured(
         wins, losses, (wins - losses) / n, interval, mcnemar(wins, losses), lambda alpha: questions_needed(wins, losses, n, alpha=alpha)
     )
 
 
-def _measure_graded(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None, alpha: float, seed: int) -> _Measured:
-    sums, sizes = _units(a, b, clusters)
+def _measure_graded(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None, alpha: float, seed: int) -> Measured:
+    sums, sizes = units_of(a, b, clusters)
     if not all(0 <= score <= 1 for scores in (a, b) for score in scores):
         raise ValueError("graded scores lie between 0 and 1")
     difference = float(sums.sum() / sizes.sum())
     interval = paired_bootstrap(a, b, clusters=clusters, level=1 - alpha, seed=seed)
-    if interval.low == interval.high or len(sums) < _FEW:
-        unseen = _unseen(difference, len(sums), 1 - alpha)
-        interval = Interval(min(interval.low, unseen.low), max(interval.high, unseen.high))
-    wins, losses = (int(sum(x - y > _TIE for x, y in zip(*pair, strict=True))) for pair in ((a, b), (b, a)))
+    if interval.low == interval.high or len(sums) < FEW:
+        left = unseen(difference, len(sums), 1 - alpha)
+        interval = Interval(min(interval.low, left.low), max(interval.high, left.high))
+    wins, losses = (int(sum(x - y > TIE for x, y in zip(*pair, strict=True))) for pair in ((a, b), (b, a)))
     p = paired_permutation(a, b, clusters=clusters, seed=seed)
-    return _Measured(wins, losses, difference, interval, p, lambda alpha: _graded_needed(sums, sizes, alpha))
+    return Measured(wins, losses, difference, interval, p, lambda alpha: _graded_needed(sums, sizes, alpha))
 
 
-def _unseen(difference: float, units: int, level: float) -> Interval:
+def unseen(difference: float, units: int, level: float) -> Interval:
     """What few units leave open, where the bootstrap would call three ties proof of equality.
 
     A share z^2 / (units + z^2) of questions unlike any seen is still possible (Wilson), and each may differ by 1.
     """
-    rest = _quantile(level) ** 2
+    rest = quantile(level) ** 2
     share = rest / (units + rest)
     return Interval((1 - share) * difference - share, (1 - share) * difference + share)
 
@@ -378,40 +304,14 @@ def _graded_needed(sums: Floats, sizes: Floats, alpha: float, power: float = 0.8
     """Further questions for the power, by the normal approximation, with the spread between units as observed."""
     n, units = float(sizes.sum()), len(sums)
     difference = float(sums.sum()) / n
-    if units < 2 or abs(difference) < _TIE:
+    if units < 2 or abs(difference) < TIE:
         return None
     error = math.sqrt(units / (units - 1) * float(np.sum((sums - difference * sizes) ** 2))) / n
-    ratio = (_quantile(1 - alpha) + float(scipy.stats.norm.ppf(power))) * error / abs(difference)
+    ratio = (quantile(1 - alpha) + float(scipy.stats.norm.ppf(power))) * error / abs(difference)
     return max(math.ceil(n * ratio**2 - n), 0)
 
 
 # Small tools
-
-
-def _units(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
-    """Sum of the differences and number of questions of each cluster (of each question if there are none), [units]."""
-    scores = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if len(a) == 0 or len(a) != len(b) or (clusters is not None and len(clusters) != len(a)):
-        raise ValueError(f"paired scores need one of each a question, got {len(a)} and {len(b)}")
-    if not all(np.isfinite(s).all() for s in scores):
-        raise ValueError("a score is not a finite number")
-    differences = scores[0] - scores[1]
-    if clusters is None:
-        return differences, np.ones_like(differences)
-    numbers: dict[Hashable, int] = {}
-    member = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
-    sums, sizes = np.bincount(member, weights=differences), np.bincount(member)
-    return np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
-
-
-def _rounds(count: int, width: int) -> list[int]:
-    """`count` resamples of `width` numbers, cut into rounds that fit in memory."""
-    batch = max(1, _BATCH // width)
-    return [min(batch, count - start) for start in range(0, count, batch)]
-
-
-def _quantile(level: float) -> float:
-    return float(scipy.stats.norm.ppf((1 + level) / 2))
 
 
 def _check_counts(n: int, **counts: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,22 +10,37 @@ from typing import Any, Literal
 from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.record import Message, Record, called
 from tunesmith.evaluation.metrics import metric
+from tunesmith.evaluation.tags import Scheme
+from tunesmith.evaluation.tagsets import own_tags, tag_set
 from tunesmith.spec import TaskSpec
 
-TEXT, LABELS = "{text}", "{labels}"
+Kind = Literal["label", "tags", "value", "choice", "generate"]
+
+TEXT, PAIR, LABELS = "{text}", "{text_pair}", "{labels}"
 _DEFAULT = "Classify the text. Answer with one of: {labels}.\n\nText: {text}"
+_METRICS: Mapping[Kind, str] = {
+    "label": "accuracy",
+    "choice": "accuracy",
+    "tags": "span_f1",
+    "value": "closeness",
+    "generate": "exact_match",
+}
+_SHAPES: Mapping[str, Kind] = {"tokens": "tags", "value": "value", "choices": "choice"}
+_PLAIN = ("label", "value", "tokens")  # shapes without turns
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """kind: "label" a choice among `labels`, "generate" free text. instruction: "{text}" marks the record's text.
+    """kind: "label" a choice among `labels`, "tags" one of `labels` for each word, "value" a number, "choice" one of the record's
+    own candidates, "generate" free text. instruction: "{text}" marks the record's text, "{text_pair}" the second of a pair.
     scoring: label tasks by the likelihood of each label, or by generation and parsing; "auto": by the task head of a model
     that has one, else by likelihood. metric: name or {name: options}; "accuracy" for labels, "exact_match" if none is named
-    for text. history: whose turns a dialogue is continued from.
+    for text. history: whose turns a dialogue is continued from. scheme: that the records' tags are written in; repair: illegal
+    ones are read as `tagsets.own_tags` says. subwords: pieces of a word that are asked ("auto": as the base reads).
     """
 
     name: str
-    kind: Literal["label", "generate"]
+    kind: Kind
     labels: tuple[str, ...] = ()
     system: str | None = None
     instruction: str = ""
@@ -32,18 +48,31 @@ class Task:
     metric: str | Mapping[str, Any] = ""
     max_new_tokens: int = 128
     history: Literal["gold", "own"] = "gold"
+    scheme: Scheme = "IOB2"
+    repair: bool = False
+    subwords: Literal["auto", "first", "last", "all"] = "auto"
 
     def __post_init__(self) -> None:
         if not self.metric:
-            object.__setattr__(self, "metric", "accuracy" if self.kind == "label" else "exact_match")
+            plain = self.kind == "tags" and self.scheme == "plain"
+            object.__setattr__(self, "metric", "accuracy" if plain else _METRICS[self.kind])
+
+    def among(self, record: Record) -> tuple[str, ...]:
+        """What an answer is chosen from: the labels, or the record's own candidates."""
+        return record.choices if self.kind == "choice" else self.labels
+
+    def tags(self, record: Record) -> tuple[str, ...]:
+        """The gold tag of each word, in the task's own scheme. Raises DataError for tags that it does not have."""
+        return own_tags(record, self.labels, self.scheme, repair=self.repair)
 
     def ask(self, record: Record) -> list[Message]:
         """The messages that pose the question, without the answer.
 
         Raises DataError where the record is plain text, which asks nothing.
         """
-        if record.shape == "label":
-            turns: list[Message] = [{"role": "user", "content": self._fill(self.instruction or _DEFAULT, record.text)}]
+        if record.shape in _PLAIN:
+            instruction = self.instruction or (_DEFAULT if record.shape == "label" else TEXT)
+            turns: list[Message] = [{"role": "user", "content": self._fill(instruction, record.text, record.pair)}]
         else:
             turns = list(record.asked())
             if not turns:
@@ -58,12 +87,16 @@ class Task:
             return list(turns)
         return [{"role": "system", "content": self.system}, *turns]
 
-    def _fill(self, instruction: str, text: str) -> str:
+    def _fill(self, instruction: str, text: str, pair: str = "") -> str:
         asked = instruction if TEXT in instruction else f"{instruction}\n\n{TEXT}"
-        return asked.replace(LABELS, ", ".join(self.labels)).replace(TEXT, text)
+        asked = asked if PAIR in asked or not pair else asked.replace(TEXT, f"{TEXT}\n{PAIR}")
+        filled = {LABELS: ", ".join(self.labels), TEXT: text, PAIR: pair}
+        return re.sub("|".join(map(re.escape, filled)), lambda found: filled[found[0]], asked)
 
     def gold(self, record: Record) -> str | None:
-        """The gold answer as it is judged: a label without the spaces around it, a text as it stands."""
+        """The gold answer as it is judged: a label without the spaces around it, tags one after another, a text as it stands."""
+        if self.kind == "tags":
+            return " ".join(self.tags(record)) if record.tags else None
         answer = record.answer()
         return answer.strip() if answer is not None and self.kind == "label" else answer
 
@@ -72,7 +105,7 @@ class Task:
         reply = record.reply()
         if reply is None:
             raise DataError("the row has no answer to learn from.", where=record.where)
-        if record.shape == "label" or self.instruction:
+        if record.shape in _PLAIN or self.instruction:
             return [*self.ask(record), reply]
         return self.with_system(record.messages)
 
@@ -82,6 +115,8 @@ class Task:
             answer = self.gold(record)
             if answer is None:
                 raise DataError("the question has no gold answer to judge by.", where=record.where)
+            if (wanted := _SHAPE_OF.get(self.kind)) is not None and record.shape != wanted:
+                raise DataError(f"the row reads as '{record.shape}', and the task asks for {_ASKS[self.kind]}.", where=record.where)
             if self.kind == "label" and answer not in self.labels:
                 raise DataError(
                     f"the label '{_short(answer)}' never occurs in the training samples (labels: {', '.join(self.labels)}).",
@@ -104,15 +139,18 @@ def make_task(spec: TaskSpec, records: Sequence[Record]) -> Task:
 
     Raises SpecError for labels, an instruction or a metric that cannot work with these records.
     """
-    found = sorted({record.label for record in records if record.shape == "label" and record.label is not None})
-    kind = spec.kind
-    if kind == "auto":
-        kind = "label" if found or spec.labels else "generate"
-    labels = tuple(spec.labels or found)
+    kind, labels = _kind_of(spec, records)
+    scheme: Scheme = "IOB2"
     if kind == "label":
         _check_labels(labels, records)
+    elif kind == "tags":
+        _check_shapes(kind, records)
+        labels, scheme = tag_set(spec.labels, None if spec.scheme == "auto" else spec.scheme, records)
+    elif kind in ("value", "choice"):
+        _check_shapes(kind, records)
+        labels = ()
     task = Task(
-        name=spec.name or ("classification" if kind == "label" else "generation"),
+        name=spec.name or _NAMES[kind],
         kind=kind,
         labels=labels,
         system=spec.system,
@@ -121,15 +159,53 @@ def make_task(spec: TaskSpec, records: Sequence[Record]) -> Task:
         metric=_checked_metric(spec.metric, kind),
         max_new_tokens=spec.max_new_tokens,
         history=spec.history,
+        scheme=scheme,
+        repair=spec.illegal_tags == "repair",
+        subwords=spec.subwords,
     )
     for record in records:
         task._check_instruction(record)
     return task
 
 
+_NAMES: Mapping[Kind, str] = {
+    "label": "classification",
+    "tags": "tagging",
+    "value": "regression",
+    "choice": "multiple choice",
+    "generate": "generation",
+}
+_ASKS: Mapping[Kind, str] = {"tags": "words with a tag each", "value": "a text with a number", "choice": "a question with candidates"}
+_SHAPE_OF: Mapping[Kind, str] = {kind: shape for shape, kind in _SHAPES.items()}
+
+
+def _kind_of(spec: TaskSpec, records: Sequence[Record]) -> tuple[Kind, tuple[str, ...]]:
+    """The kind of a task, and its labels as written or found."""
+    found = sorted({record.label for record in records if record.shape == "label" and record.label is not None})
+    shapes = {record.shape for record in records}
+    kind: Kind = "generate"
+    if spec.kind != "auto":
+        kind = spec.kind
+    elif len(shapes) == 1 and (own := _SHAPES.get(min(shapes))) and not (own == "choice" and spec.metric):
+        kind = own
+    elif found or spec.labels:
+        kind = "label"
+    return kind, tuple(spec.labels or found)
+
+
+def _check_shapes(kind: Kind, records: Sequence[Record]) -> None:
+    for record in records:
+        if record.shape != _SHAPE_OF[kind]:
+            what = f"task.kind={kind} needs {_ASKS[kind]}, and this row reads as '{record.shape}'."
+            raise SpecError(what, where=record.where, hints=[f"Name the columns, or the shape:  data.shape={_SHAPE_OF[kind]}"])
+
+
 def _checked_metric(wanted: str | Mapping[str, Any], kind: str) -> str | Mapping[str, Any]:
-    if kind != "label" and wanted:
+    if kind == "generate" and wanted:
         metric(wanted)
+    elif kind in ("tags", "value", "choice") and wanted:
+        told = {"tags": "the F1 of spans", "value": "closeness, with MSE, MAE and correlations beside it", "choice": "accuracy"}[kind]
+        raise SpecError(f"tasks of kind {kind} are judged by {told}.", where="task.metric", hints=["Leave task.metric out."])
     elif kind == "label" and wanted not in ("", "accuracy"):
         hints = ["Macro F1 and each label's own scores stand in every report.", "To judge generated text by a metric:  task.kind=generate"]
         raise SpecError("label tasks are judged by accuracy.", where="task.metric", hints=hints)

@@ -34,7 +34,7 @@ from tunesmith.evaluation.evaluate import System, evaluate
 from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.evaluation.task import Task, make_task
 from tunesmith.ladder.data import Splits, as_messages, load_splits, take
-from tunesmith.ladder.heads import check_objective, give_head, labels_of, objective_of
+from tunesmith.ladder.heads import check_objective, give_head, labels_of, objective_of, scale_of
 from tunesmith.ladder.streaming import Making, RecordStream, stored_rows
 from tunesmith.spec import Spec
 
@@ -78,6 +78,11 @@ class Job:
         return labels_of(self.spec, self.start, self.task)
 
     @cached_property
+    def scale(self) -> tuple[float, float]:
+        """(mean, deviation) that a head's numbers are measured by; see `heads.scale_of`."""
+        return scale_of(self.spec, self.start, self.splits.train)
+
+    @cached_property
     def rows(self) -> Sequence[Row]:
         """Training rows, tokenised once and cached by content, none over the limit. Raises DataError as the policy says."""
         if isinstance(self.splits.train, RecordStream):
@@ -94,15 +99,15 @@ class Job:
         return list(rows)
 
     def made(self, records: Iterable[Record], cache: RowCache | None = None) -> Iterator[Row]:
-        """Records as the objective learns from them: whole texts with their label, or dialogues with their answers."""
+        """Records as the objective learns from them: texts with what a head shall say of them, or dialogues with their answers."""
         tokenizer, renderer = self.base.tokenizer, self.start.renderer
         if objective_of(self.spec).reads_labels:
-            return head_rows(self.base.kind, renderer, self.task, self.labels, records, cache)
+            return head_rows(self.base.kind, renderer, self.task, self.labels, records, cache, scale=self.scale)
         return iter_rows(tokenizer, map(self.sample, records), supervise=self.spec.data.supervise, renderer=renderer, cache=cache)
 
     def _rows_on_disk(self, stream: RecordStream) -> RowStore:
         spec = self.spec.data
-        mark = [repr(self.task), spec.supervise, objective_of(self.spec).reads_labels, self.labels, self.base.kind]
+        mark = [repr(self.task), spec.supervise, objective_of(self.spec).reads_labels, self.labels, self.base.kind, self.scale]
         making = Making(self.base.tokenizer, self.start.renderer, self.made, json.dumps(mark), self.limit, spec.overlong)
         store = stored_rows(stream, making, cache_dir() / "streams", self.reporter)
         self._say_rows(len(store), store.tokens, store.supervised_tokens, store.facts["lengths"], store.facts["notes"])
@@ -125,11 +130,9 @@ class Job:
         records = take(self.splits.dev, self.spec.train.dev_questions, self.spec.train.seed)
         processes = current()
         records = records[processes.rank :: processes.count]
-        score = evaluate(System("dev", model, zero_shot(self.task)), self.task, records).score if records else 0.0
-        if not processes.several:
-            return {self.metric_name: score}
-        total, count = processes.sum([score * len(records), len(records)])
-        return {self.metric_name: total / count}
+        sums = evaluate(System("dev", model, zero_shot(self.task)), self.task, records).sums() if records else (0.0, 0.0)
+        total, count = processes.sum(list(sums)) if processes.several else sums
+        return {self.metric_name: total / count if count else 0.0}
 
     @property
     def metric_name(self) -> str:

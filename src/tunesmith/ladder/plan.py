@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,10 @@ _AT_ONCE = 32
 
 _FOUR_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight in blocks of 64 with doubly quantised scales (Dettmers et al. 2023, QLoRA, sec. 3)."""
+
+
+_SHARE = 0.2
+"""Of the peak, that the weights take before fewer bits of them are proposed."""
 
 
 @dataclass(slots=True)
@@ -139,34 +144,39 @@ def _refuse_too_large(spec: Spec, reporter: Reporter) -> None:
         source = RunFolder(Path(source)).spec().base.model
     device = pick_device(spec.base.device)
     folder = locate(source, revision=spec.base.revision, remote_code=spec.base.trust_remote_code, reporter=reporter).folder
-    values = _values(folder)
+    values, inside = _values(folder)
     dtype, _ = pick_dtype(device, spec.base.dtype)
-    weights, available = values * dtype.itemsize, room(device)
+    four = values * dtype.itemsize - inside * (dtype.itemsize - _FOUR_BITS / 8)
+    weights, available = four if spec.base.quantise else values * dtype.itemsize, room(device)
     if weights <= FULL * available:
         return
-    largest = FULL * available / dtype.itemsize
+    largest = FULL * available * values / weights
+    kept_in = spec.base.quantise or str(dtype).removeprefix("torch.")
     raise RunError(
-        f"the weights alone take {gb(weights)} in {str(dtype).removeprefix('torch.')}, and there are {gb(available)} of memory.",
+        f"the weights alone take {gb(weights)} in {kept_in}, and there are {gb(available)} of memory.",
         where=source,
         hints=[
             f"Nearest that works here:  a base of less than {_count(largest)} parameters (this one has {_count(values)})",
-            f"In 4 bits the weights would take about {gb(values * _FOUR_BITS / 8)}; such bases cannot be loaded yet.",
+            *([] if spec.base.quantise else [f"In 4 bits the weights would take about {gb(four)}:  base.quantise=nf4"]),
         ],
     )
 
 
-def _values(folder: Path) -> int:
-    """Values in the weight files; only their headers are read."""
+def _values(folder: Path) -> tuple[int, int]:
+    """Values in the weight files, and how many of them are matrices of repeated layers; only their headers are read."""
     from safetensors import SafetensorError, safe_open
 
-    total = 0
+    total = inside = 0
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as opened:
-                total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118 (not a dict)
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    shape = opened.get_slice(name).get_shape()
+                    total += math.prod(shape)
+                    inside += math.prod(shape) if len(shape) == 2 and re.search(r"\.\d+\.", name) else 0
         except (SafetensorError, OSError):
-            return 0  # loading says what is wrong with it
-    return total
+            return 0, 0  # loading says what is wrong with it
+    return total, inside
 
 
 def _advice(out: Plan, job: Job, model: Model) -> list[str]:
@@ -190,11 +200,11 @@ def _advice(out: Plan, job: Job, model: Model) -> list[str]:
         lines.append(
             f"shorter rows (the longest has {training.longest_row:,} tokens):  data.max_tokens=...  data.overlong=truncate-left-of-prompt"
         )
-    lines += _smaller_base(training, job, free)
+    lines += _smaller_base(training, job, free, frozen=not model.adapter.in_place)
     return lines
 
 
-def _smaller_base(training: Training, job: Job, free: float) -> list[str]:
+def _smaller_base(training: Training, job: Job, free: float, *, frozen: bool) -> list[str]:
     """A base that would fit as the spec stands, by the bytes of a parameter, and this one in 4 bits, with their figures."""
     memory, base = training.memory, job.base
     rest = max(training.peak, 1) - memory.process
@@ -203,10 +213,10 @@ def _smaller_base(training: Training, job: Job, free: float) -> list[str]:
     smaller = memory.weights - round(linear * (base.dtype.itemsize - _FOUR_BITS / 8))
     peak = training.peak - memory.weights + smaller
     lines = [f"a smaller base of the family, about {_count(count)} parameters or less (this one has {_count(base.parameters)})"]
-    if linear and not job.start.adapters and memory.weights > 0.2 * training.peak:
+    if linear and frozen and not job.start.adapters and memory.weights > _SHARE * training.peak:
         lines.append(
-            f"in 4 bits this base's weights would take {gb(smaller)} instead of {gb(memory.weights)}, the peak {gb(peak)}; "
-            "such bases cannot be loaded yet"
+            f"{'' if peak <= free else 'not enough alone: '}this base's blocks in 4 bits (weights {gb(smaller)} instead of "
+            f"{gb(memory.weights)}, peak {gb(peak)}):  base.quantise=nf4"
         )
     return lines
 

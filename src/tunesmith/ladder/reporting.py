@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from tunesmith.evaluation.results import Evaluation, compare_all
+from tunesmith.evaluation.results import Evaluation, Figure, compare_all
 from tunesmith.evaluation.statistics import Verdict
 from tunesmith.evaluation.task import Task
 from tunesmith.ladder.job import Job
@@ -51,22 +51,26 @@ def report_of(
     """A report on any systems that answered the same questions."""
     evaluations = [climbed.evaluation for climbed in done]
     verdicts = paired_verdicts(evaluations, margin)
-    graded = any(score not in (0.0, 1.0) for evaluation in evaluations for score in evaluation.scores)
+    graded = task.kind == "tags" or any(score not in (0.0, 1.0) for evaluation in evaluations for score in evaluation.scores)
     return Report(
         title=title,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=task.name,
         base=base,
         n_questions=evaluations[0].n,
-        labels=list(task.labels),
+        labels=list(task.labels) if task.kind == "label" else [],
         metric=metric,
         rungs=[rung_report(c, i, verdicts, evaluations) for i, c in enumerate(done)],
         recommendation=recommend(done, verdicts, target),
         questions=notable_questions(done, show),
-        notes=[f"{c.rung.title}: {note}" for c in done for note in c.evaluation.notes],
+        notes=[f"{c.rung.title}: {note}" for c in done for note in [*c.evaluation.notes, *map(_told, c.evaluation.figures())]],
         interval_method="BCa bootstrap" if graded else "Wilson",
         paired_test="paired permutation" if graded else "exact McNemar",
     )
+
+
+def _told(figure: Figure) -> str:
+    return f"{figure.name.replace('_', ' ')} {figure.value:.4g} (95 %: {figure.low:.4g} to {figure.high:.4g})"
 
 
 def paired_verdicts(evaluations: list[Evaluation], margin: float) -> dict[Pair, Verdict]:

@@ -98,6 +98,24 @@ def _classify(job: Job, folder: Path) -> Rung:
     return _fine_tuned(job, folder, "its task head answers")
 
 
+@rung("tag")
+def _tag(job: Job, folder: Path) -> Rung:
+    """The spec's adapter with a task head, trained on the tags of the training samples' words; the head answers."""
+    return _fine_tuned(job, folder, "its task head answers")
+
+
+@rung("regress")
+def _regress(job: Job, folder: Path) -> Rung:
+    """The spec's adapter with a task head, trained on the numbers of the training samples; the head answers."""
+    return _fine_tuned(job, folder, "its task head answers")
+
+
+@rung("choose")
+def _choose(job: Job, folder: Path) -> Rung:
+    """The spec's adapter with a task head, trained on the right candidates of the training samples; the head answers."""
+    return _fine_tuned(job, folder, "its task head answers")
+
+
 def _fine_tuned(job: Job, folder: Path, how: str) -> Rung:
     run = _trained(job, folder / TRAINED)
     adapter = run.model.adapter.expression

@@ -130,7 +130,8 @@ def _surveyed(spec: DataSpec, reporter: Reporter, notes: list[str]) -> tuple[Sur
 
 def _content(record: Record) -> bytes:
     """All of a record that a row may be made from, and its place, which rows name."""
-    parts = [record.shape, record.messages, record.text, record.label, record.tools, record.where]
+    parts: list[object] = [record.shape, record.messages, record.text, record.label, record.tools, record.where]
+    parts += [record.pair, record.value, record.tokens, record.tags, record.choices]
     return json.dumps(parts, sort_keys=True, default=str).encode()
 
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tunesmith.core.loss import Loss
 from tunesmith.core.registry import Registry
 from tunesmith.objectives.wanted import Wanted
@@ -13,13 +16,16 @@ from tunesmith.objectives.wanted import Wanted
 Wants = Callable[..., Wanted]
 """(logging, **options) -> what the head is to be asked. Raises SpecError for options out of range."""
 
+Counts = Callable[[NDArray[np.float32]], int]
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
     """One formula of the table.
 
     function: its positional parameters are the readings that `reads` names, in that order; its keyword parameters are the
-    options. wants: what has to be asked for them. denominator: what the sum is divided by, over the step.
+    options. wants: what has to be asked for them. denominator: what the sum is divided by, over the step. counts: of an
+    objective that reads labels, how many of that a row's labels are, [reads].
     """
 
     name: str
@@ -27,6 +33,7 @@ class Objective:
     reads: tuple[str, ...]
     denominator: str
     wants: Wants
+    counts: Counts = len
 
     @property
     def reads_labels(self) -> bool:
@@ -53,13 +60,13 @@ def _only_targets(logging: bool, **options: Any) -> Wanted:
 
 
 def objective(
-    name: str, *, reads: str | tuple[str, ...], denominator: str, wants: Wants = _only_targets
+    name: str, *, reads: str | tuple[str, ...], denominator: str, wants: Wants = _only_targets, counts: Counts = len
 ) -> Callable[[Callable[..., Loss]], Callable[..., Loss]]:
     """Enter a loss function into the table. reads: names of readings, such as "log_probs" (a value a supervised token)."""
 
     def enter(function: Callable[..., Loss]) -> Callable[..., Loss]:
         names = (reads,) if isinstance(reads, str) else reads
-        OBJECTIVES.add(name, Objective(name, function, names, denominator, wants))
+        OBJECTIVES.add(name, Objective(name, function, names, denominator, wants, counts))
         return function
 
     return enter

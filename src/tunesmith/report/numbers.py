@@ -17,6 +17,7 @@ NAMES = {
     "f1": "F1",
     "token_f1": "token F1",
     "macro_f1": "macro F1",
+    "span_f1": "span F1",
 }
 PROPORTIONS = frozenset({"accuracy", "exact match", "exact_match"})
 ABSENT = "–"

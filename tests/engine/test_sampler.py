@@ -68,9 +68,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     original = decoders.read_prompts
 
-    def noted(forward: Forward, asked: Any) -> Any:
+    def noted(forward: Forward, asked: Any, *more: Any) -> Any:
         seen.append([len(ids) for ids, _ in asked])
-        return original(forward, asked)
+        return original(forward, asked, *more)
 
     monkeypatch.setattr(decoders, "read_prompts", noted)
     return seen

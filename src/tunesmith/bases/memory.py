@@ -38,6 +38,7 @@ class PeakMemory:
         self._mb = 0.0
         self._gpu_mb = 0.0
         self._done = threading.Event()
+        self._guard = threading.Lock()
         self._sampler: threading.Thread | None = None
 
     @property
@@ -74,12 +75,16 @@ class PeakMemory:
             self._sampler.join()
 
     def _fold(self) -> None:
-        mark = _resident_mb() if self._sampler is not None else _high_water_mark()
-        self._mb = max(self._mb, mark or 0.0)
+        self._raise_to(_resident_mb() if self._sampler is not None else _high_water_mark() or 0.0)
+
+    def _raise_to(self, mark: float) -> None:
+        """The sampler and the reader both come here: a higher mark is never written over."""
+        with self._guard:
+            self._mb = max(self._mb, mark)
 
     def _sample(self) -> None:
         while not self._done.wait(_INTERVAL):
-            self._mb = max(self._mb, _resident_mb())
+            self._raise_to(_resident_mb())
 
 
 def _high_water_mark() -> float | None:

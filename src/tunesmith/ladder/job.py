@@ -107,7 +107,9 @@ class Job:
 
     def _rows_on_disk(self, stream: RecordStream) -> RowStore:
         spec = self.spec.data
-        mark = [repr(self.task), spec.supervise, objective_of(self.spec).reads_labels, self.labels, self.base.kind, self.scale]
+        mark = [repr(self.task), spec.supervise, self.base.kind]
+        if objective_of(self.spec).reads_labels:
+            mark += [self.labels, self.scale]
         making = Making(self.base.tokenizer, self.start.renderer, self.made, json.dumps(mark), self.limit, spec.overlong)
         store = stored_rows(stream, making, cache_dir() / "streams", self.reporter)
         self._say_rows(len(store), store.tokens, store.supervised_tokens, store.facts["lengths"], store.facts["notes"])

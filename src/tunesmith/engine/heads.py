@@ -66,11 +66,9 @@ def _pooled(forward: Forward, pack: Pack, places: Sequence[_Place], pool: str) -
     at = torch.tensor([place.at if pool == "last" else place.path[0] for place in places], dtype=torch.long)
     states = forward.states(pack, at)
     if pool == "pooler":
-        pooler: Any = forward.model.base_model.pooler
-        if isinstance(pooler, torch.nn.Linear):  # ALBERT keeps its activation beside it
-            pooled: Tensor = forward.model.base_model.pooler_activation(pooler(states))
-        else:
-            pooled = pooler(states[:, None])  # it takes the first of each row's tokens
+        body: Any = forward.model.base_model
+        alone = isinstance(body.pooler, torch.nn.Linear)  # ALBERT keeps its activation beside it; others take the first of a row's tokens
+        pooled: Tensor = body.pooler_activation(body.pooler(states)) if alone else body.pooler(states[:, None])
         return pooled
     return states
 

@@ -107,7 +107,7 @@ class Job:
 
     def _rows_on_disk(self, stream: RecordStream) -> RowStore:
         spec = self.spec.data
-        mark = [repr(self.task), spec.supervise, self.base.kind]
+        mark: list[object] = [repr(self.task), spec.supervise, self.base.kind]
         if objective_of(self.spec).reads_labels:
             mark += [self.labels, self.scale]
         making = Making(self.base.tokenizer, self.start.renderer, self.made, json.dumps(mark), self.limit, spec.overlong)

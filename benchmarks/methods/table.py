@@ -158,8 +158,11 @@ def read_table(path: Path) -> Table:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as cause:
         raise SpecError(f"the table cannot be read: {cause}.", where=str(path)) from None
+    if values is None:
+        raise SpecError("the table is empty.", where=str(path))
     try:
         return Table.model_validate(values)
     except ValidationError as cause:
         said = [f"{'.'.join(map(str, each['loc'])) or 'table'}: {each['msg'].removeprefix('Value error, ')}" for each in cause.errors()]
-        raise SpecError("; ".join(said), where=str(path)) from None
+        more = f" (and {len(said) - 2} like faults)" if len(said) > 2 else ""
+        raise SpecError("; ".join(said[:2]) + more, where=str(path)) from None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
+import subprocess
+import sys
+import threading
 import tomllib
 from pathlib import Path
 
@@ -127,6 +131,21 @@ def test_peak_memory_is_sampled_where_the_kernel_does_not_count(monkeypatch: pyt
             pass
         held.clear()
     assert block.mb - before.mb > 40
+
+
+def test_a_peak_is_not_written_over_by_a_sample_that_was_begun_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = PeakMemory()
+    monkeypatch.setattr(memory, "_resident_mb", lambda: block._raise_to(900.0) or 5.0)  # read while another thread saw more
+    block._sampler = threading.current_thread()
+    block._fold()
+    assert block._mb == 900.0
+
+
+def test_onednn_is_told_to_keep_few_kernels_unless_the_user_says_how_many() -> None:
+    program = "import os, tunesmith.bases; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    for given, kept in (({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")):
+        env = {key: value for key, value in os.environ.items() if not key.startswith("ONEDNN")} | given
+        assert subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout.strip() == kept
 
 
 def test_the_process_peak_is_at_least_what_is_resident() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,21 @@ def test_the_doctor_fails_where_a_part_is_missing_without_which_nothing_works(tu
     monkeypatch.setattr("tunesmith.bases.doctor.diagnose", lambda: [Check("extra quant", "missing", "not installed", "pip install ...")])
     shown = tunesmith("doctor")
     assert (shown.exit_code, "absent" in shown.stdout) == (0, True)
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["plan", "none.yaml"], 2)])
+def test_a_process_that_trained_with_others_is_left_by_its_exit_code(
+    words: list[str], code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tunesmith.cli.app import main
+    from tunesmith.engine import processes
+
+    left: list[int] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tunesmith", *words])
+    monkeypatch.setattr(processes, "_current", processes.Processes(0, 2))
+    monkeypatch.setattr(processes.atexit, "_run_exitfuncs", lambda: None)
+    monkeypatch.setattr(processes.os, "_exit", left.append)
+    with pytest.raises(SystemExit):
+        main()
+    assert left == [code]

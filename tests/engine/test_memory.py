@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tunesmith.core.errors import RunError
 from tunesmith.core.row import Row
+from tunesmith.engine import memory
 from tunesmith.engine.forward import Forward
 from tunesmith.engine.memory import out_of_memory, recomputing
 from tunesmith.engine.pack import Pack
@@ -117,3 +118,14 @@ def test_the_dev_samples_are_judged_in_evaluation_mode_with_the_cache_at_hand(ma
     trainer = make_trainer(steps=2, evaluate_every=1, checkpointing=True, dev=judge)
     trainer.run()
     assert seen == [False, False]
+
+
+def test_room_is_made_before_a_micro_batch_that_is_longer_than_all_before(monkeypatch: pytest.MonkeyPatch, make_trainer: Make) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(memory, "compact", lambda: made.append("room"))
+    room = memory.Room()
+    for tokens in (10, 8, 10, 11, 3):
+        room.before(tokens)
+    assert len(made) == 2
+    make_trainer("run").run()
+    assert len(made) > 2, "the trainer tells it"

@@ -108,6 +108,14 @@ def test_micro_batches_are_those_that_the_run_deals(make_trainer: Callable[..., 
     assert rows_of_step(0, 20, 6, 0)
 
 
+def test_a_step_takes_the_time_that_kernels_of_another_length_take_once_a_pack(
+    foresee: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning._Planner, "_kernels", lambda *given: (0.0, 100.0))
+    found = foresee(pack_tokens=60)
+    assert found.packs_a_step * 100 < found.step_seconds < found.packs_a_step * 100 + 10
+
+
 def test_planning_changes_neither_weights_nor_random_numbers(base: Base, samples: list[Row]) -> None:
     model = attach_to(base, "full", keep_original=False)
     before = {name: parameter.detach().clone() for name, parameter in model.adapter.named_parameters()}

@@ -214,9 +214,10 @@ def test_a_second_run_takes_the_rows_of_the_first_and_other_options_make_their_o
     assert rows_said("second", **{"train.lr": 1e-3})
     assert not rows_said("third", **{"task.instruction": "Which mood?"})
     assert not rows_said("fourth", **{"data.limit": 20})
+    assert not rows_said("head", objective="classify"), "a head reads labels, and words have none"
     write(tmp_path / "data.jsonl", [*samples(60), {"text": "one more", "label": "neutral"}])
     assert not rows_said("fifth")
-    assert len(list(cache.iterdir())) == 4
+    assert len(list(cache.iterdir())) == 5
 
 
 def test_rows_that_are_too_long_are_counted_over_the_whole_file_before_training(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from classify import read_work, say
+from ours import InOrder
 
 from tunesmith.adapters import load_adapter
 from tunesmith.bases import load_base
@@ -42,9 +43,7 @@ def main(folder: Path, source: str, dtype: str) -> None:
         spec = make_spec({"name": "bench", "base": source, "objective": "classify", "train": train})
         made = [labelled(row["ids"], row["label"]) for row in rows]
         with RunFolder(Path(kept) / "run") as run:
-            trainer = Trainer(model, made, spec, run)
-            trainer.order = lambda step: list(range(step * batch, min((step + 1) * batch, len(rows))))
-            trainer.run()
+            Trainer(model, InOrder(made, spec), spec, run).run()
             lines = [line for line in read_metrics(run.path / "metrics.jsonl") if "loss" in line]
     counts = [min(batch, len(rows) - at) for at in range(0, len(rows), batch)]
     say([x["loss"] for x in lines], [x["seconds"] for x in lines], counts, settings["warm"], memory.mb, dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from work import read, say
 
@@ -13,15 +12,18 @@ from tunesmith.adapters import load_adapter
 from tunesmith.bases import load_base
 from tunesmith.bases.memory import PeakMemory
 from tunesmith.core.row import single
+from tunesmith.engine.feed import Batch, Fixed
 from tunesmith.engine.model import Model, add_adapter, attach_to
 from tunesmith.engine.rundir import RunFolder, read_metrics
 from tunesmith.engine.train import Trainer
 from tunesmith.spec import make_spec
 
 
-def in_order(batch: int) -> Any:
-    """Rows of a step, as they come."""
-    return lambda step: list(range(step * batch, (step + 1) * batch))
+class InOrder(Fixed):
+    """Rows as they come."""
+
+    def batch(self, step: int) -> Batch:
+        return Batch([self.rows[index] for index in range(step * self.size, min((step + 1) * self.size, len(self.rows)))])
 
 
 def main(folder: Path, source: str, dtype: str) -> None:
@@ -44,9 +46,7 @@ def main(folder: Path, source: str, dtype: str) -> None:
         spec = make_spec({"name": "bench", "base": source, "train": train})
         made = [single(row["ids"], [bool(x) for x in row["supervised"]]) for row in rows]
         with RunFolder(Path(kept) / "run") as run:
-            trainer = Trainer(model, made, spec, run)
-            trainer.order = in_order(work.batch)
-            trainer.run()
+            Trainer(model, InOrder(made, spec), spec, run).run()
             lines = [line for line in read_metrics(run.path / "metrics.jsonl") if "loss" in line]
     say([x["loss"] for x in lines], [x["seconds"] for x in lines], [x["tokens"] for x in lines], work.warm, memory.mb, dtype)
 

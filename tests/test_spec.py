@@ -204,7 +204,9 @@ def test_a_missing_base_and_a_spec_of_another_form_are_told():
         ("adapter=lora(rank", "was never closed"),
         ("objective=sft(beta=1)", "unknown option of objective sft 'beta'"),
         ("objective=sft(log_probs=1)", "unknown option of objective sft 'log_probs'"),
-        ("objective=sft + sft", "cannot be trained yet"),
+        ("objective=sft + sft", "stands there twice"),
+        ("objective=dpo + classify", "do not learn from the same rows"),
+        ("objective=dpo + -1 * sft", "is not a number above 0"),
     ],
 )
 def test_methods_and_objectives_are_held_against_their_signatures(override, says):

@@ -72,7 +72,7 @@ def size(count: float) -> str:
 AXES = (
     CostAxis("Trained values", lambda line: line.cost.trainable, lambda value: parameters(round(value)), True),
     CostAxis("Stored, bytes", lambda line: line.cost.stored, size, True),
-    CostAxis("Training, seconds", lambda line: line.cost.train_seconds, duration, False),
+    CostAxis("Training, processor seconds", lambda line: line.cost.train_seconds, duration, False),
     CostAxis("Highest memory while training, MB", lambda line: line.cost.peak_mb, memory, False),
     CostAxis("Forgetting: rise of the base's own loss, nats", lambda line: line.forgetting, lambda value: signed(value, 3), False),
     CostAxis("FLOP a token more, where not merged", lambda line: line.cost.flops, lambda value: parameters(round(value)), True),

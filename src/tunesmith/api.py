@@ -20,12 +20,12 @@ from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Reporter
 from tunesmith.core.record import Message, Record
 from tunesmith.engine.asking import Question
+from tunesmith.engine.local import InProcess, answerer
 from tunesmith.engine.mixing import Choice, chosen
 from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.sampler import Sampling
 from tunesmith.engine.server import Server, connect, is_server
-from tunesmith.evaluation.answering import InProcess, answerer
 from tunesmith.evaluation.classifying import label_logits
 from tunesmith.evaluation.evaluate import System
 from tunesmith.evaluation.evaluate import evaluate as judge

@@ -12,25 +12,21 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from tunesmith.adapters.methods import plan
 from tunesmith.core.errors import SpecError, TunesmithError, nearest
 from tunesmith.core.registry import Call, check_options, parse_calls
+from tunesmith.core.section import Section
 from tunesmith.core.yamltext import read_value, read_yaml
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.rolloutspec import RolloutSpec, check_rollout
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Overlong = Literal["error", "drop", "truncate-left-of-prompt"]
-
-
-class Section(BaseModel):
-    """A part of a spec; keys that it does not know are refused."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
 class BaseSpec(Section):
@@ -182,6 +178,7 @@ class Spec(Section):
     adapter: str = "lora(rank=16)"
     objective: str = "sft"
     train: TrainSpec = Field(default_factory=TrainSpec)
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, validate_default=True)
     climb: ClimbSpec = Field(default_factory=ClimbSpec)
     track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
 
@@ -231,6 +228,17 @@ class Spec(Section):
             objective_call(value)
         return value
 
+    @field_validator("rollout")
+    @classmethod
+    def _rollout_fits(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
+        train, objective = info.data.get("train"), info.data.get("objective")
+        if train is not None and objective is not None:  # else those are refused for themselves
+            name = objective_call(objective).name
+            batch_given = train.batch != TrainSpec().batch
+            with _collected():
+                check_rollout(value, name, samples=OBJECTIVES[name].samples, batch_given=batch_given, sharded=train.sharding != "none")
+        return value
+
 
 def section(key: str) -> type[Section] | None:
     """The section that a top-level key of the spec holds, None for a plain value."""
@@ -254,13 +262,27 @@ def _collected() -> Iterator[None]:
 
 
 def objective_call(expression: str) -> Call:
-    """Read `name(option=value)` and hold its options against the objective's signature."""
-    calls = parse_calls(expression, kind="objective")
-    if len(calls) != 1:
-        raise SpecError(f"a mix of objectives ('{expression}') cannot be trained yet.", hints=["Nearest that works here:  objective: sft"])
-    check_options(OBJECTIVES[calls[0].name].function, calls[0].options, kind=f"objective {calls[0].name}")
-    OBJECTIVES[calls[0].name].wanted(calls[0].options)  # holds the options against their ranges
-    return calls[0]
+    """The first objective of `name(option=value) + 0.2 * name`: it says what the rows are. Raises as `objective_calls`."""
+    return objective_calls(expression)[0]
+
+
+def objective_calls(expression: str) -> list[Call]:
+    """Read `name(option=value) + 0.2 * name` and hold its options against the objectives' signatures.
+
+    Raises SpecError for objectives that are not there, options that they do not take, and a mix that reads different things.
+    """
+    calls = parse_calls(expression, kind="objective", factors=True)
+    for call in calls:
+        check_options(OBJECTIVES[call.name].function, call.options, kind=f"objective {call.name}")
+        OBJECTIVES[call.name].wanted(call.options)  # holds the options against their ranges
+    first, *others = (OBJECTIVES[call.name] for call in calls)
+    for other in others:
+        if first.reads_labels or other.unit not in (first.unit, "tokens"):
+            hints = [f"Objectives that read the same, or words beside answers:  {expression.split('+')[0].strip()} + 0.2 * sft"]
+            raise SpecError(f"{first.name} and {other.name} do not learn from the same rows ('{expression}').", hints=hints)
+    if len({call.name for call in calls}) < len(calls):
+        raise SpecError(f"an objective stands there twice ('{expression}').")
+    return calls
 
 
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:

@@ -283,8 +283,7 @@ def test_merged_it_says_the_same_and_taken_out_again_too(method: str, family: st
     try:
         merge(case.adapter)
     except AdapterError as refusal:
-        holds_biases = any(name.endswith(".bias") for name in dict(case.model.named_parameters()))
-        assert not POINTS[method].merges or (method == "bias" and not holds_biases), refusal
+        assert not POINTS[method].merges or (method == "bias" and "has none to hold it" in refusal.what), refusal
         assert refusal.hints
         pytest.skip(f"refused: {refusal.what}")
     assert POINTS[method].merges or method == "head"  # of a head alone there is nothing to merge

@@ -292,8 +292,8 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_weights(tiny_base_folder
     begun = whole.adapter.state()
     whole.run()
     cut = trainer("cut")
-    order = cut.order
-    cut.order = lambda step: (cut._ask_to_stop() if step == 3 else None, order(step))[1]  # type: ignore[assignment]
+    batch = cut.feed.batch
+    cut.feed.batch = lambda step: (cut._ask_to_stop() if step == 3 else None, batch(step))[1]  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         cut.run()
     resumed = trainer("cut")

@@ -110,10 +110,11 @@ def make_trainer(base: Base, samples: list[Row], tmp_path: Path) -> Callable[...
         rows: list[Row] | None = None,
         track: Sequence[str] = (),
         dev: DevMetric | None = None,
+        objective: str = "sft",
         **train: Any,
     ) -> Trainer:
         values = {"steps": 8, "batch": 6, "lr": 1e-2, "save_every": 2, **train}
-        spec = make_spec({"base": "tiny", "name": name, "adapter": adapter, "train": values, "track": list(track)})
+        spec = make_spec({"base": "tiny", "name": name, "adapter": adapter, "objective": objective, "train": values, "track": list(track)})
         folder = RunFolder(tmp_path / "runs" / name, keep=spec.train.keep)
         folder.path.mkdir(parents=True, exist_ok=True)
         model = attach_to(on or load_again(base), adapter, seed=spec.train.seed)

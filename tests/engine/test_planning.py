@@ -13,10 +13,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tunesmith.bases import Base
 from tunesmith.core.row import Row
 from tunesmith.engine import planning
+from tunesmith.engine.feed import rows_of_step
 from tunesmith.engine.measuring import bytes_of, count_saved
 from tunesmith.engine.model import attach_to
 from tunesmith.engine.planning import Training, plan_training
-from tunesmith.engine.train import Trainer, rows_of_step
+from tunesmith.engine.train import Trainer
 from tunesmith.spec import make_spec
 
 

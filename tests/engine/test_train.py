@@ -19,12 +19,13 @@ from torch import Tensor
 from tunesmith.bases import Base, load_base
 from tunesmith.core.errors import AdapterError, RunError
 from tunesmith.core.row import Row, single
+from tunesmith.engine.feed import rows_of_step, total_steps
 from tunesmith.engine.forward import Forward
 from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.optimizer import Optimizer, learning_rate
 from tunesmith.engine.pack import build_pack
 from tunesmith.engine.rundir import read_metrics
-from tunesmith.engine.train import Trainer, rows_of_step, total_steps
+from tunesmith.engine.train import Trainer
 from tunesmith.spec import TrainSpec, make_spec
 
 Make = Callable[..., Trainer]
@@ -363,7 +364,7 @@ def test_a_model_on_a_shared_base_trains_as_if_it_were_alone(base: Base, make_tr
 
     def dev() -> dict[str, float]:
         with trainer.model.active(), torch.no_grad():
-            trainer.model.forward(build_pack(trainer.rows))
+            trainer.model.forward(build_pack(trainer.feed.first()))
         return {"accuracy": 0.1}
 
     trainer = make_trainer("beside", on=base, evaluate_every=1, dev=dev)

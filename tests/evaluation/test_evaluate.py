@@ -11,9 +11,9 @@ import torch
 from tunesmith.bases import Base, load_base
 from tunesmith.core.errors import DataError, RenderError, RunError
 from tunesmith.core.record import Record
+from tunesmith.engine import local
 from tunesmith.engine.model import Model
 from tunesmith.engine.sampler import Completion
-from tunesmith.evaluation import answering
 from tunesmith.evaluation.evaluate import System, evaluate, evaluate_histories, score_options
 from tunesmith.evaluation.prompting import ANSWER, chain_of_thought, few_shot, zero_shot
 from tunesmith.evaluation.task import Task
@@ -68,7 +68,7 @@ def scripted(monkeypatch):
             read.extend(texts)
             return [Completion([1, 2, 3], answer(text) if callable(answer) else answer, finished) for text in texts]
 
-        monkeypatch.setattr(answering, "generate", fake)
+        monkeypatch.setattr(local, "generate", fake)
         return read
 
     return script
@@ -113,7 +113,7 @@ def test_packs_smaller_than_a_shared_tree_change_no_score(system, monkeypatch):
     counted: list[int] = []
     with torch.no_grad():
         whole = score_options(system.model, rows)
-        monkeypatch.setattr(answering, "PACK_TOKENS", 64)
+        monkeypatch.setattr(local, "PACK_TOKENS", 64)
         parted = score_options(system.model, rows, counted.append)
     assert [value for scores in parted for value in scores] == pytest.approx([value for scores in whole for value in scores], abs=1e-4)
     assert sum(counted) == len(rows) and len(counted) > 1

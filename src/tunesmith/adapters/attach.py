@@ -219,8 +219,14 @@ class Adapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The base without this adapter, for a while. May be nested. Raises AdapterError where the base's weights were not kept."""
+        with self.switched(False):
+            yield
+
+    @contextmanager
+    def switched(self, on: bool) -> Iterator[None]:
+        """With this adapter or without it, for a while. May be nested. Raises AdapterError where the base's weights were not kept."""
         before = self._active
-        self._switch(False)
+        self._switch(on)
         try:
             yield
         finally:

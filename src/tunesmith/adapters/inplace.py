@@ -88,7 +88,7 @@ def bitfit(*, sites: Sequence[str] | str | None = None, layers: Sequence[int] | 
     wanted = None if sites is None else names_of("bitfit", sites)
 
     def pick(model: nn.Module, named: Named) -> list[str]:
-        every = [path for path in named if path.rpartition(".")[2].endswith("bias")]
+        every = [path for path in named if path.rpartition(".")[2].endswith("bias") and _read(model, path)]
         if not every:
             raise AdapterError(
                 f"adapter 'bitfit' trains biases, and {type(model).__name__} has none.",
@@ -104,6 +104,13 @@ def bitfit(*, sites: Sequence[str] | str | None = None, layers: Sequence[int] | 
         return every
 
     return Plan("bitfit", "in-place", wanted or (), None if layers is None else tuple(layers), pick=pick, lr=4e-4)
+
+
+def _read(model: nn.Module, path: str) -> bool:
+    """Does what is read of the model depend on this parameter? The head that an encoder was pretrained with is asked nothing."""
+    if getattr(model, "can_generate", lambda: True)():
+        return True
+    return path.startswith(f"{model.base_model_prefix}.") or getattr(model, "base_model", model) is model
 
 
 @method("norms")

@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 _TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar")
+ENDINGS = (".whl", ".zip", *_TARS)
+"""Names of archives that are read."""
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError)
 
 

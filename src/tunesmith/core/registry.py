@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import math
 import re
 import tokenize
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from tunesmith.core.errors import SpecError, TunesmithError, unknown
@@ -61,16 +62,17 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], *, k
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """`name(option=value, flag)` as written: a flag is an option that is True."""
+    """`name(option=value, flag)` as written: a flag is an option that is True. factor: a number that it is written with, `0.2 * name`."""
 
     name: str
     options: dict[str, Any]
+    factor: float = 1.0
 
 
-def parse_calls(expression: str, *, kind: str) -> list[Call]:
+def parse_calls(expression: str, *, kind: str, factors: bool = False) -> list[Call]:
     """Read `a(x=1, sites=[q, v], flag) + b` into its calls. Only names, literals and lists: nothing is evaluated.
 
-    Raises SpecError where the text is not of this form.
+    factors: `0.2 * b` is read too. Raises SpecError where the text is not of this form.
     """
     text = " ".join(expression.split("\n")).strip()
     try:
@@ -78,7 +80,7 @@ def parse_calls(expression: str, *, kind: str) -> list[Call]:
             warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in a regular expression
             warnings.simplefilter("ignore", DeprecationWarning)
             tree = ast.parse(_as_python(text), mode="eval").body
-        return [_call(node, kind, expression) for node in _terms(tree)]
+        return [_weighed(node, kind, expression) if factors else _call(node, kind, expression) for node in _terms(tree)]
     except SyntaxError as cause:
         raise _malformed(kind, expression, cause.msg.rstrip(".?")) from None
     except (ValueError, RecursionError, MemoryError):
@@ -132,6 +134,17 @@ def _terms(tree: ast.expr) -> list[ast.expr]:
     if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         return _terms(tree.left) + _terms(tree.right)
     return [tree]
+
+
+def _weighed(node: ast.expr, kind: str, expression: str) -> Call:
+    """A call, or a number times one."""
+    if not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+        return _call(node, kind, expression)
+    number, call = (node.left, node.right) if isinstance(node.left, ast.Constant) else (node.right, node.left)
+    factor = number.value if isinstance(number, ast.Constant) else None
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:  # type: ignore[operator]
+        raise _malformed(kind, expression, f"'{ast.unparse(node)}' is not a number above 0 times a name")
+    return replace(_call(call, kind, expression), factor=float(factor))  # type: ignore[arg-type]
 
 
 def _call(node: ast.expr, kind: str, expression: str) -> Call:

@@ -6,8 +6,8 @@ continuations; a multiple-choice question is a prompt and its options. What segm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.float32]
+Given = Mapping[str, NDArray[np.float32]]
 
 ROOT = -1
 
@@ -31,7 +32,9 @@ class Segment:
     token before it on its path, so the first token of a root can never be one. parent: index of the segment it
     continues within the row, ROOT (-1) for a root. name: what the segment is ("prompt", "positive", "chosen"). labels:
     what a task head shall say at a token, a class's number or a value, NaN where it is not asked, [tokens]; None where it
-    is asked nowhere. What is said of a whole path is asked at its last token.
+    is asked nowhere. What is said of a whole path is asked at its last token. given: other numbers of each token, by name
+    ("reference", "advantage"), [tokens] each, read where a token is a target or a head is asked; a number of the whole
+    segment stands at each of its tokens.
     """
 
     ids: Ids
@@ -39,12 +42,16 @@ class Segment:
     parent: int = ROOT
     name: str = ""
     labels: Labels | None = None
+    given: Given = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 1 or self.ids.shape != self.supervised.shape:
             raise ValueError(f"a segment needs one mask value a token, got {self.ids.shape} and {self.supervised.shape}")
         if self.labels is not None and self.labels.shape != self.ids.shape:
             raise ValueError(f"a segment needs one label a token, NaN for none, got {self.ids.shape} and {self.labels.shape}")
+        for name, values in self.given.items():
+            if values.shape != self.ids.shape:
+                raise ValueError(f"'{name}' needs one number a token, got {values.shape} for {self.ids.shape}")
 
     @property
     def asked(self) -> NDArray[np.int64]:
@@ -54,7 +61,13 @@ class Segment:
     def part(self, kept: slice | Mask, parent: int | None = None) -> Segment:
         """Some of its tokens, with all that is known of them. parent: another one, where it moves."""
         labels = None if self.labels is None else self.labels[kept]
-        return Segment(self.ids[kept], self.supervised[kept], self.parent if parent is None else parent, self.name, labels)
+        given = {name: values[kept] for name, values in self.given.items()}
+        return Segment(self.ids[kept], self.supervised[kept], self.parent if parent is None else parent, self.name, labels, given)
+
+    def with_given(self, **values: float | NDArray[np.float32]) -> Segment:
+        """The same with more numbers at its tokens: one for all of them, or one each."""
+        more = {name: np.broadcast_to(np.asarray(value, np.float32), self.ids.shape) for name, value in values.items()}
+        return replace(self, given={**self.given, **more})
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -6,6 +6,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Sequence
+from itertools import islice
 
 from tunesmith.core.errors import RunError
 from tunesmith.core.row import Row
@@ -44,20 +45,20 @@ def bad_step(wrong: str, step: int, loss: float, norm: float, seen: Sequence[flo
     return what, [f"The step's rows: {places}, ... ({len(rows)} in all)"]
 
 
-def check_alike(processes: Processes, spec: Spec, model: Model, first: Sequence[Row], rows: int) -> None:
-    """Raises RunError, in every process, unless all begin with the same. first: rows of the first step. rows: how many in all."""
+def check_alike(processes: Processes, spec: Spec, model: Model, rows: Sequence[Row]) -> None:
+    """Raises RunError, in every process, unless all begin with the same. rows: those that the run begins with."""
     digest = hashlib.sha256()
     for name, parameter in model.adapter.named_parameters():
         if name not in model.adapter.trained:  # those are the base's, which has a fingerprint
             digest.update(parameter.detach().cpu().numpy().tobytes())
-    for row in first:
+    for row in islice(rows, spec.train.batch):
         for segment in row.segments:
             digest.update(segment.ids.tobytes())
     hints = ["Every machine needs the same files, and the same versions of everything."]
     for what, value in (
         ("spec", spec.model_dump(mode="json", exclude={"base": {"device"}})),
         ("base", [model.base.fingerprint, str(model.base.dtype)]),
-        ("number of rows", rows),
+        ("number of rows", len(rows)),
         ("first rows and new weights", digest.hexdigest()),
     ):
         processes.same(what, value, hints)

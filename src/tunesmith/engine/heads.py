@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,15 @@ from tunesmith.engine.pack import Pack
 @dataclass(slots=True)
 class Said:
     """logits: what the head says wherever it is asked, [reads, outputs], in the pack's order: row by row, and within a row segment
-    by segment. labels: what it shall say, [reads]. rows: the row of the pack that each belongs to, [reads]."""
+    by segment. labels: what it shall say, [reads]. rows: the row of the pack that each belongs to, [reads]. rank, margin, soft:
+    of an answer that is scored, as they were given, [reads]; the best and nothing doubted where they were not."""
 
     logits: Tensor
     labels: Tensor
     rows: list[int]
+    rank: Tensor
+    margin: Tensor
+    soft: Tensor
 
 
 def read_task_head(forward: Forward, pack: Pack, head: TaskHead) -> Said:
@@ -33,16 +37,24 @@ def read_task_head(forward: Forward, pack: Pack, head: TaskHead) -> Said:
     """
     places, labels = _asked(pack)
     logits = head(_pooled(forward, pack, places, head.way.pool))
-    return Said(logits, torch.from_numpy(labels).to(logits.device), [place.row for place in places])
+
+    def given(name: str, otherwise: float) -> Tensor:
+        return torch.tensor([place.given.get(name, otherwise) for place in places], dtype=logits.dtype, device=logits.device)
+
+    labelled = torch.from_numpy(labels).to(logits.device)
+    rows = [place.row for place in places]
+    return Said(logits, labelled, rows, given("rank", 0.0).long(), given("margin", 0.0), given("soft", 1.0))
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A labelled token: its row in the pack, its flat index there, and those of all words on the path of its segment."""
+    """A labelled token: its row in the pack, its flat index there, those of all words on the path of its segment, and what else
+    is given there."""
 
     row: int
     at: int
     path: np.ndarray
+    given: Mapping[str, float]
 
 
 def _asked(pack: Pack) -> tuple[list[_Place], np.ndarray]:
@@ -54,7 +66,7 @@ def _asked(pack: Pack) -> tuple[list[_Place], np.ndarray]:
             continue
         path = pack.words(np.concatenate([above, own]))
         for at in part.asked:
-            places.append(_Place(row, int(own[at]), path))
+            places.append(_Place(row, int(own[at]), path, {name: float(values[at]) for name, values in part.given.items()}))
             labels.append(part.labels[at])
     return places, np.asarray(labels, np.float32)
 

@@ -26,11 +26,11 @@ class Journal:
     """A JSONL file a (server, model); a line a finished answer, keyed by the hash of its whole request. Questions are not in it.
 
     Work that ends well takes its lines out again, so that the file holds unfinished work only, and a server whose model
-    has changed behind its name is asked anew.
+    has changed behind its name is asked anew. folder: within the cache, of another kind of answers.
     """
 
-    def __init__(self, identity: str) -> None:
-        self.path: Path = cache_dir() / "answers" / f"{digest(identity)}.jsonl"
+    def __init__(self, identity: str, folder: str = "answers") -> None:
+        self.path: Path = cache_dir() / folder / f"{digest(identity)}.jsonl"
         self.used: set[str] = set()
         self._kept = self._read()
         self._file: IO[str] | None = None

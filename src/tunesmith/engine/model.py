@@ -68,11 +68,13 @@ class Model:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Run with exactly this model's adapters, whatever else is attached to the base."""
+        """Run with exactly this model's adapters, whatever else is attached to the base. May be nested with another model's."""
         with ExitStack() as stack:
             for adapter in reversed(attached_to(self.base)):  # in-place ones lie upon one another
                 if adapter not in self.adapters:
-                    stack.enter_context(adapter.disabled())
+                    stack.enter_context(adapter.switched(False))
+            for adapter in self.adapters:
+                stack.enter_context(adapter.switched(True))
             yield
 
 

@@ -114,6 +114,19 @@ class Pack:
             return tokens
         return tokens[self.ids[torch.from_numpy(tokens).to(self.ids.device)].cpu().numpy() < vocabulary]
 
+    def given(self, name: str) -> Tensor | None:
+        """What is given under a name at each target, [targets]; None where nothing is. Raises ValueError where some targets have none."""
+        found: list[np.ndarray] = []
+        missing = False
+        for row, index in zip(self.segment_row, self.segment_index, strict=True):
+            part = self.laid[row].segments[index]
+            if part.supervised.any():
+                missing = missing or name not in part.given
+                found.append(part.given[name][part.supervised] if name in part.given else np.zeros(0, np.float32))
+        if missing and any(len(values) for values in found):
+            raise ValueError(f"'{name}' is given at some targets of the pack and not at others")
+        return None if missing or not found else torch.from_numpy(np.concatenate(found)).to(self.ids.device)
+
     def path(self, segment: int) -> Tensor:
         """Flat indices of all tokens from the root to the end of a segment."""
         return torch.from_numpy(np.concatenate([self.above[segment], self.own[segment]])).to(self.ids.device)

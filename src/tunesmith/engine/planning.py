@@ -24,7 +24,8 @@ from tunesmith.core.row import Row
 from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.compiling import compiled, decide
 from tunesmith.engine.dealing import deal
-from tunesmith.engine.losses import loss_of, weight_of
+from tunesmith.engine.feed import mean_tokens, rows_of_step, total_steps
+from tunesmith.engine.losses import Beside, loss_of, weight_of
 from tunesmith.engine.measuring import (
     Passed,
     Saved,
@@ -40,7 +41,6 @@ from tunesmith.engine.measuring import (
 )
 from tunesmith.engine.memory import recomputing
 from tunesmith.engine.model import Model
-from tunesmith.engine.train import mean_tokens, rows_of_step, total_steps
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.spec import Spec, objective_call
 
@@ -352,10 +352,9 @@ class _Planner:
 
     def _loss(self, batch: list[Row]) -> Tensor:
         forward = self.model.forward
-        loss = loss_of(
-            forward, self.model.adapter, forward.pack(batch), self.objective, self.options, logging=self.spec.train.log_every == 1
-        )
-        return loss.total / max(1.0, weight_of(batch, self.objective))
+        logging, kl = self.spec.train.log_every == 1, torch.zeros(())
+        loss = loss_of(forward, self.model.adapter, forward.pack(batch), self.objective, self.options, logging=logging, beside=Beside(kl))
+        return loss.total / max(1.0, weight_of(batch, self.objective, self.options) or 1.0)
 
     def _clear(self) -> None:
         for parameter in self.own:

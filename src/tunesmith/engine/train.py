@@ -13,8 +13,8 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.row import Row
 from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.compiling import compiled, decide
+from tunesmith.engine.critic import Critic
 from tunesmith.engine.dealing import Deal, deal
+from tunesmith.engine.feed import Batch, Feed, Fixed
 from tunesmith.engine.guard import bad_step, check_alike, diverged, gone_wrong, remembered
-from tunesmith.engine.losses import loss_of, weight_of
+from tunesmith.engine.losses import Beside, loss_of, others_of, parts_of, weight_of
 from tunesmith.engine.memory import Room, in_mode, out_of_memory, recomputing, release
 from tunesmith.engine.model import Model
 from tunesmith.engine.optimizer import Optimizer, learning_rate
@@ -35,9 +37,10 @@ from tunesmith.engine.preparing import digest, prepare
 from tunesmith.engine.rundir import Metrics, RunFolder
 from tunesmith.engine.sharding import gather, shard, whole
 from tunesmith.engine.stopping import stopping
+from tunesmith.engine.teaching import taught
 from tunesmith.engine.trackers import Trackers
-from tunesmith.objectives import OBJECTIVES
-from tunesmith.spec import Spec, objective_call
+from tunesmith.engine.units import drift_on, parted
+from tunesmith.spec import Spec
 
 DevMetric = Callable[[], Mapping[str, float]]
 """Judges the model as it stands on the dev samples; the first value is the one that counts, higher is better. Where several
@@ -74,28 +77,31 @@ class Trainer:
     def __init__(
         self,
         model: Model,
-        rows: Sequence[Row],
+        rows: Sequence[Row] | Feed,
         spec: Spec,
         folder: RunFolder,
         *,
         dev: DevMetric | None = None,
         reporter: Reporter | None = None,
         resume_hint: str = "",
+        critic: Model | None = None,
+        teacher: Model | None = None,
     ) -> None:
-        if not rows:
-            raise RunError("there are no rows to train on.")
-        self.model, self.rows, self.spec, self.folder, self.dev = model, rows, spec, folder, dev
+        if isinstance(rows, Sequence):
+            if not rows:
+                raise RunError("there are no rows to train on.")
+            rows = Fixed(rows, spec)
+        self.model, self.feed, self.spec, self.folder, self.dev = model, rows, spec, folder, dev
         self.processes = folder.processes
         self.reporter = (reporter if self.processes.first else None) or Quiet()
         self.resume_hint = resume_hint or f"tunesmith train {folder.path / 'spec.yaml'} --resume"
         self.adapter = model.adapter
-        call = objective_call(spec.objective)
-        self.objective, self.options = OBJECTIVES[call.name], call.options
+        self.parts = parts_of(spec.objective)
+        self.objective, self.options = self.parts[0].objective, self.parts[0].options
         self.lr = spec.train.lr or self.adapter.lr
-        self.total = total_steps(spec, len(rows))
+        self.total = rows.total
         self.every = spec.train.evaluate_every or max(1, self.total // 8)
         self.save_every = spec.train.save_every or self.every
-        self.order = partial(rows_of_step, rows=len(rows), batch=spec.train.batch, seed=spec.train.seed)
         self.state = State()
         self.room = Room()
         self._asked = self._stop = False  # this process was asked to stop; all processes stop after this step
@@ -103,11 +109,16 @@ class Trainer:
             hints = ["Set some apart:  data.dev=10%", "Or train to the end:  train.patience=null"]
             raise RunError("train.patience needs dev samples to judge by.", hints=hints)
         if self.processes.several:
-            check_alike(self.processes, spec, model, [self.rows[index] for index in self.order(0)], len(rows))
+            check_alike(self.processes, spec, model, self.feed.first())
         self.spread = spec.train.sharding == "fsdp" and self.processes.several
         if self.spread:
             shard(model, self.processes)
-        self.optimizer = Optimizer(self.adapter.named_parameters(), spec.train, self.processes, self.adapter.rates())
+        self.critic, self.teacher = Critic(critic) if critic is not None else None, teacher
+        named, rates = dict(self.adapter.named_parameters()), dict(self.adapter.rates())
+        if self.critic is not None:
+            named |= self.critic.named_parameters()
+            rates |= self.critic.rates()
+        self.optimizer = Optimizer(named.items(), spec.train, self.processes, rates)
 
     def run(self, *, resume: bool = False) -> State:
         """Train to the end, the early stop or an interruption; then the model holds the best weights seen."""
@@ -153,12 +164,11 @@ class Trainer:
 
         def loss(row: Row) -> Tensor:
             forward = self.model.forward
-            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options).total / weight_of(
-                [row], self.objective
-            )
+            weight = weight_of([row], self.objective, self.options) or 1.0
+            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options).total / weight
 
         with self.model.active(), self.model.forward.held():
-            seen = prepare(self.adapter, self.rows, loss)
+            seen = prepare(self.adapter, self.feed.first(), loss)
         self.optimizer.clear()
         self.processes.same("masks", digest(self.adapter), ["Every machine needs the same kind of processor, or train on one process."])
         self.reporter.line("masks", f"found on {seen} rows")
@@ -166,7 +176,7 @@ class Trainer:
     def _compiling(self) -> bool:
         """Whether layers are compiled; decided as the run begins, from what is planned."""
         if self.state.compiled is None:
-            tokens = self.spec.train.batch * self.total * mean_tokens(self.rows) / self.processes.count
+            tokens = self.total * self.feed.tokens() / self.processes.count
             choice = "off" if self.spread else self.spec.train.compile
             self.state.compiled, why = decide(choice, self.model.base.model, int(tokens))
             self.reporter.line("layers", f"{'compiled' if self.state.compiled else 'not compiled'}: {why}")
@@ -176,36 +186,48 @@ class Trainer:
 
     def _one_step(self) -> dict[str, float]:
         began, step, spec = time.perf_counter(), self.state.step, self.spec.train
-        rows = [self.rows[index] for index in self.order(step)]
-        weight = weight_of(rows, self.objective)
+        batch = self.feed.batch(step)
         logged = self._logged(step + 1)
-        self.adapter.begin(step, self.total, spec.seed)
-        total, sums = self._gradients(rows, weight, logged)
-        loss, norm = total / weight, self.optimizer.gradient_norm()
         lr = learning_rate(step, self.total, self.lr, spec)
+        values = {"loss": 0.0, "lr": lr, "grad_norm": 0.0}
+        if batch.rows:
+            values |= self._learn(batch, lr, logged)
+        self.state.step += 1
+        tokens = sum(row.tokens for row in batch.rows)
+        self.state.tokens += tokens
+        seconds = time.perf_counter() - began
+        self.state.train_seconds += seconds
+        values |= {"tokens": tokens, "seconds": seconds, **batch.figures}
+        if logged:
+            self.metrics.write(step=self.state.step, **values)
+        return values
+
+    def _learn(self, batch: Batch, lr: float, logged: bool) -> dict[str, float]:
+        """One update from the rows of a step: its loss, and on logged steps the objective's metrics."""
+        step, spec = self.state.step, self.spec.train
+        rows, others = parted(batch.rows)
+        weight = batch.weight or weight_of(rows, self.objective, self.options)
+        self.adapter.begin(step, self.total, spec.seed)
+        kl = drift_on(others, self.model, self.state.pack_tokens or spec.pack_tokens, self.processes) if others else None
+        beside = Beside(kl, others=others_of(self.parts, rows, weight))
+        total, weight, sums = self._gradients(rows, weight, logged, beside)
+        loss, norm = total / weight, self.optimizer.gradient_norm()
         self._guard(loss, norm, lr, rows)
         self.adapter.graded(step + 1, self.total)
         self.optimizer.step(lr, 1.0 if spec.clip is None else min(1.0, spec.clip / (norm + 1e-6)))
         self.adapter.updated(step + 1, self.total)
-        self.state.step += 1
         self.state.losses = remembered(self.state.losses, loss)
-        tokens = sum(row.tokens for row in rows)
-        self.state.tokens += tokens
-        self.state.supervised += int(weight)
-        seconds = time.perf_counter() - began
-        self.state.train_seconds += seconds
-        values = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds}
-        if logged:
-            values |= {name: value / weight for name, value in sums.items()}
-            self.metrics.write(step=self.state.step, **values)
-        return values
+        self.state.supervised += sum(row.supervised_tokens for row in rows) or int(weight)
+        named = {name: value / weight for name, value in sums.items()} if logged else {}
+        return {"loss": loss, "grad_norm": norm, **named}
 
     def _logged(self, step: int) -> bool:
         """Whether a step, counted from 1, has a line in the metrics."""
         return step % self.spec.train.log_every == 0 or step == self.total
 
-    def _gradients(self, rows: Sequence[Row], weight: float, logged: bool) -> tuple[float, dict[str, float]]:
-        """Forward and backward of the step's rows: the summed loss and, on logged steps, the sums of the objective's metrics.
+    def _gradients(self, rows: Sequence[Row], weight: float | None, logged: bool, beside: Beside) -> tuple[float, float, dict[str, float]]:
+        """Forward and backward of the step's rows: the summed loss, what it is divided by (the number of micro-batches if None is
+        given) and, on logged steps, the sums of the objective's metrics.
 
         What does not fit into memory is done again in smaller micro-batches: the same rows, the same loss.
         """
@@ -216,24 +238,25 @@ class Trainer:
             dealt = deal(partial(self._trees, rows), size, budget, longest, self.processes.count)
             losses: list[Tensor] = []
             sums: dict[str, float] = {}
-            fits = True
+            fits, share = True, weight or float(len(dealt.batches))
             try:
-                losses = self._own_part(dealt, weight, sums if logged else None)
+                losses = self._own_part(dealt, share, sums if logged else None, beside)
             except (RuntimeError, MemoryError) as cause:
                 if not out_of_memory(cause) or self.spread:  # the others wait within their blocks
                     raise
                 fits = False
             if self._all_fit(fits):
-                return self._summed(losses, sums if logged else None)
+                total, sums = self._summed(losses, sums if logged else None)
+                return total, share, sums
             self._shrink(max(dealt.tokens), longest)
         raise RunError(f"out of memory {_TRIES} times in one step.", where=str(self.folder.path))
 
-    def _own_part(self, dealt: Deal, weight: float, sums: dict[str, float] | None) -> list[Tensor]:
+    def _own_part(self, dealt: Deal, weight: float, sums: dict[str, float] | None, beside: Beside) -> list[Tensor]:
         """This process's micro-batches: their losses. sums: where the metrics' sums go, on logged steps."""
-        losses = [self._backward(rows, number, weight, sums) for number, rows in dealt.of(self.processes.rank)]
+        losses = [self._backward(rows, number, weight, sums, beside) for number, rows in dealt.of(self.processes.rank)]
         if self.spread:  # blocks are gathered by all processes or none
             for _ in range(dealt.passes - len(losses)):
-                self._backward(dealt.smallest, 0, math.inf, None)
+                self._backward(dealt.smallest, 0, math.inf, None, beside)
         if self.processes.first:  # gradients are summed over the processes
             self._penalise(weight, sums)
         return losses
@@ -277,12 +300,17 @@ class Trainer:
             return list(rows)
         return [shared.row for shared in share_prefix(rows, max_tokens=budget)]
 
-    def _backward(self, rows: list[Row], micro: int, weight: float, sums: dict[str, float] | None) -> Tensor:
+    def _backward(self, rows: list[Row], micro: int, weight: float, sums: dict[str, float] | None, beside: Beside) -> Tensor:
         """One micro-batch: its gradient, and its loss before the division by the step's weight (inf: nothing is to be learned)."""
         torch.manual_seed(_mix(self.spec.train.seed, self.state.step, micro))
         self.room.before(sum(row.tokens for row in rows))
         forward = self.model.forward
-        loss = loss_of(forward, self.adapter, forward.pack(rows), self.objective, self.options, logging=sums is not None)
+        pack = forward.pack(rows)
+        if self.critic is not None:
+            beside = replace(beside, values=self.critic.values(rows))
+        if self.teacher is not None:
+            beside = replace(beside, teacher=taught(self.teacher, rows))
+        loss = loss_of(forward, self.adapter, pack, self.objective, self.options, logging=sums is not None, beside=beside)
         (loss.total / weight).backward()
         self.optimizer.collect()
         if sums is not None:
@@ -309,7 +337,8 @@ class Trainer:
 
     def _guard(self, loss: float, norm: float, lr: float, rows: Sequence[Row]) -> None:
         """Stop on a loss that is not a number or has exploded, before it reaches the weights."""
-        wrong = gone_wrong(loss, norm, self.state.losses, self.spec.train.explode)
+        factor = math.inf if self.objective.samples else self.spec.train.explode  # around 0, no multiple means anything
+        wrong = gone_wrong(loss, norm, self.state.losses, factor)
         if wrong:
             self.optimizer.clear()
             what, hints = bad_step(wrong, self.state.step + 1, loss, norm, self.state.losses, rows)
@@ -356,10 +385,12 @@ class Trainer:
         if self.processes.sum([broken])[0]:
             raise diverged(f"the update of step {self.state.step} made the weights infinite", self.lr, self.folder)
         memory = self.adapter.memory()
+        fed, values = self.feed.memory()
+        files = {"weights": weights, "moments": moments, "memory": memory, "feed": fed}
         self.folder.checkpoints.save(
             self.state.step,
-            {"weights": weights, "moments": moments, **({"memory": memory} if memory else {})},
-            asdict(self.state),
+            {name: tensors for name, tensors in files.items() if tensors or name in ("weights", "moments")},
+            {**asdict(self.state), **({"feed": values} if values else {})},
             best=self.state.best_step,
             processes=self.processes,
             spread=self.optimizer.spread,
@@ -372,6 +403,7 @@ class Trainer:
         tensors, state = self.folder.checkpoints.load(steps[-1])
         self.optimizer.load(tensors["weights"], tensors.get("moments", {}))
         self._remember(tensors.get("memory", {}))
+        self.feed.recall(tensors.get("feed", {}), state.get("feed", {}))
         self.state = State(**{name: state[name] for name in asdict(State())})
         self.reporter.line("resume", f"from step {self.state.step} of {self.total}")
 
@@ -397,38 +429,6 @@ class Trainer:
         state = self.state
         dev = f" · dev {state.best:.3f} (best, step {state.best_step})" if state.best is not None else ""
         return f"loss {loss:.3f}{dev} · {state.tokens / max(state.train_seconds, 1e-9):,.0f} tok/s"
-
-
-def total_steps(spec: Spec, rows: int) -> int:
-    """Optimiser steps of the run: as given, or from epochs (3 if neither is given)."""
-    if spec.train.steps is not None:
-        return spec.train.steps
-    return max(1, math.ceil((spec.train.epochs or 3.0) * rows / min(rows, spec.train.batch)))
-
-
-def mean_tokens(rows: Sequence[Row], sample: int = 1000) -> float:
-    """Tokens of a row, the mean over at most so many, evenly spread."""
-    some = range(0, len(rows), max(1, len(rows) // sample))
-    return sum(rows[index].tokens for index in some) / len(some)
-
-
-def rows_of_step(step: int, rows: int, batch: int, seed: int) -> list[int]:
-    """Indices of a step's rows. Each epoch is a permutation of its own, laid end to end; batches run across the seams."""
-    batch = min(batch, rows)
-    out: list[int] = []
-    at = step * batch
-    while len(out) < batch:
-        epoch, offset = divmod(at, rows)
-        taken = _order(epoch, rows, seed)[offset : offset + batch - len(out)]
-        out += taken.tolist()
-        at += len(taken)
-    return out
-
-
-@lru_cache(maxsize=2)
-def _order(epoch: int, rows: int, seed: int) -> np.ndarray:
-    """The permutation of an epoch, kept while its steps last."""
-    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def _mix(*parts: int) -> int:

@@ -119,11 +119,15 @@ def _in_order(within: Sequence[tuple[int | str, np.ndarray]], limit: int) -> lis
 
 def _with(part: Segment, within: Sequence[tuple[int | str, np.ndarray]], limit: int) -> Segment:
     ids, supervised, labels, start = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), 0
+    given: dict[str, list[np.ndarray]] = {name: [] for name in part.given}
     for at, more in [*_in_order(within, limit), (len(part), np.zeros(0, np.int64))]:
         ids += [part.ids[start:at], more]
         supervised += [part.supervised[start:at], np.zeros(len(more), np.bool_)]
         if part.labels is not None:
             labels += [part.labels[start:at], np.full(len(more), np.nan, np.float32)]
+        for name, pieces in given.items():  # nothing is learned at a virtual token, so what stands there is not read
+            pieces += [part.given[name][start:at], np.zeros(len(more), np.float32)]
         start = at
     joined = np.concatenate(labels) if labels else None
-    return Segment(np.concatenate(ids).astype(np.int32), np.concatenate(supervised), part.parent, part.name, joined)
+    whole = {name: np.concatenate(pieces) for name, pieces in given.items()}
+    return Segment(np.concatenate(ids).astype(np.int32), np.concatenate(supervised), part.parent, part.name, joined, whole)

@@ -5,21 +5,19 @@ Choosing: the likelihood of each label's whole answer given the prompt, in packs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from tunesmith.core.errors import DataError, RunError, SpecError, TunesmithError
+from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.record import Record
 from tunesmith.core.row import Row
-from tunesmith.data.lengths import drop_oldest_turns, longest_path
+from tunesmith.data.lengths import longest_path
 from tunesmith.data.rows import notes_of
-from tunesmith.data.sharing import share_prefix
-from tunesmith.engine.asking import Answered, Answerer, OnText, Progress, Question, Reply, cut_note
-from tunesmith.engine.mixing import mixed, route_of
+from tunesmith.engine.asking import Answerer, Progress, Question
+from tunesmith.engine.local import answerer, located, score_options
 from tunesmith.engine.model import Model
-from tunesmith.engine.sampler import Sampling, generate
+from tunesmith.engine.sampler import Sampling
 from tunesmith.engine.server import Server
 from tunesmith.evaluation.choosing import choice_scores
 from tunesmith.evaluation.classifying import check_head, label_logits
@@ -28,9 +26,6 @@ from tunesmith.evaluation.tagging import said_tags
 from tunesmith.evaluation.task import Task
 
 Way = Literal["head", "likelihood", "generation"]
-
-PACK_TOKENS = 4096
-"""Tokens of an evaluation pack. Without gradients little is kept, so packs may be larger than in training."""
 
 
 @dataclass(slots=True)
@@ -111,40 +106,7 @@ class Answers:
     turns: list[list[tuple[str, Record]]] = field(default_factory=list)
 
 
-@contextmanager
-def located(where: str) -> Iterator[None]:
-    """Errors within name the place, if they name none."""
-    try:
-        yield
-    except TunesmithError as cause:
-        raise type(cause)(cause.what, where=cause.where or where, hints=cause.hints) from cause.__cause__
-
-
 # Choosing among labels
-
-
-def answerer(model: Model | Server, batch: int = 32, *, shorten: bool = True) -> Answerer:
-    """Who answers for a model. batch, shorten: as of `InProcess`; a server bounds and shortens for itself."""
-    return model if isinstance(model, Server) else InProcess(model, batch, shorten)
-
-
-def score_options(model: Model, rows: Sequence[Row], progress: Progress | None = None) -> list[list[float]]:
-    """Log-probability of each option of each row (root: prompt; children: options), nats; what prompts share runs once."""
-    scores: list[list[float]] = [[] for _ in rows]
-    if not rows:
-        return scores
-    shared = share_prefix(rows, max_tokens=PACK_TOKENS)
-    members = {id(tree.row): tree.members for tree in shared}
-    budget = max(PACK_TOKENS, max(tree.row.tokens for tree in shared))
-    for pack in model.forward.packs([tree.row for tree in shared], budget):
-        sums = model.forward(pack).by_segment().tolist()
-        found = {(pack.segment_row[s], pack.segment_index[s]): value for s, value in enumerate(sums)}
-        for at, tree in enumerate(pack.rows):
-            for member in members[id(tree)]:
-                scores[member.index] = [found[at, leaf] for leaf in member.leaves]
-        if progress:
-            progress(sum(len(members[id(tree)]) for tree in pack.rows))
-    return scores
 
 
 def by_likelihood(system: System, model: Model, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
@@ -232,62 +194,3 @@ def questions(system: System, records: Sequence[Record]) -> list[Question]:
         with located(record.where):
             asked.append(Question(system.ask(record), record.tools, record.where))
     return asked
-
-
-@dataclass(frozen=True, slots=True)
-class InProcess:
-    """A model in this process as an answerer. batch: rows generated at once. shorten: histories that leave no room in the
-    context lose whole oldest turns. each: of each question the model on the same base that answers it, where that is not `model`."""
-
-    model: Model
-    batch: int = 32
-    shorten: bool = True
-    each: Sequence[Model] | None = None
-
-    def session(self) -> AbstractContextManager[None]:
-        """The model with exactly its adapters, or all models that answer at once."""
-        return self.model.active() if self.each is None else mixed(self.model.base, self.each)
-
-    @property
-    def context_length(self) -> int | None:
-        """Of whichever has the least room."""
-        lengths = [model.context_length for model in self.each or [self.model]]
-        return min([length for length in lengths if length is not None], default=None)
-
-    def answer(
-        self, asked: Sequence[Question], sampling: Sampling, *, progress: Progress | None = None, on_text: OnText | None = None
-    ) -> Answered:
-        """Raises RunError where an answer of `max_new_tokens` leaves no room at all, DataError where a last turn alone does."""
-        model, context, room = self.model, self.context_length, sampling.max_new_tokens
-        if self.shorten and context and room >= context:
-            what = f"answers of {room:,} tokens leave no room for a question in a context of {context:,}."
-            raise RunError(what, hints=["Lower it:  task.max_new_tokens=N"])
-        tokenizer, renderer = model.base.tokenizer, model.renderer
-        prompts: list[list[int]] = []
-        shortened = 0
-        for question in asked:
-            tools = question.tools or None
-            with located(question.where):
-                ids = renderer.prompt(question.messages, tools=tools).ids
-                if self.shorten and context and len(ids) + room > context:
-                    kept, _ = drop_oldest_turns(tokenizer, question.messages, context - room, tools=tools, renderer=renderer)
-                    ids = renderer.prompt(kept, tools=tools).ids
-                    shortened += 1
-            prompts.append(ids)
-        routes = None if self.each is None else [route_of(one) for one in self.each]
-        read = model.forward.prompts(prompts, routes)
-        done = generate(
-            model.forward,
-            tokenizer,
-            read,
-            sampling,
-            ends=renderer.stop_ids,
-            batch=self.batch,
-            routes=routes,
-            progress=progress,
-            on_text=on_text,
-        )
-        replies = [Reply(one.text, one.finished, len(ids), len(one.ids)) for one, ids in zip(done, prompts, strict=True)]
-        lost = f"{shortened} of {len(prompts)} prompts left no room for an answer in {context:,} tokens and lost their oldest turns"
-        notes = [*([lost] if shortened else []), *cut_note(replies, room)]
-        return Answered(replies, tokenizer.decode(prompts[0]) if prompts else "", notes)

@@ -23,7 +23,7 @@ from tunesmith.evaluation.fitting import PACK_TOKENS, fitted
 from tunesmith.evaluation.tagging import tag_rows
 from tunesmith.evaluation.task import Task
 
-SAYS: Mapping[str, Says] = {"classify": "label", "tag": "tags", "regress": "value", "choose": "choice"}
+SAYS: Mapping[str, Says] = {"classify": "label", "tag": "tags", "regress": "value", "choose": "choice", "reward": "choice"}
 """What a head says that is trained by an objective."""
 
 _NEEDS: Mapping[Says, tuple[str, str]] = {

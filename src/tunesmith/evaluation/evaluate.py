@@ -17,9 +17,10 @@ from tunesmith.bases.memory import PeakMemory
 from tunesmith.core.errors import DataError
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.record import Record
+from tunesmith.engine.local import score_options
 from tunesmith.engine.model import Model
 from tunesmith.engine.server import Server
-from tunesmith.evaluation.answering import Answers, System, by_generation, by_head, by_likelihood, score_options
+from tunesmith.evaluation.answering import Answers, System, by_generation, by_head, by_likelihood
 from tunesmith.evaluation.dialogues import by_turns, turn_scores
 from tunesmith.evaluation.labels import parse_label
 from tunesmith.evaluation.metrics import metric, score_all

@@ -25,7 +25,7 @@ _METRICS: Mapping[Kind, str] = {
     "value": "closeness",
     "generate": "exact_match",
 }
-_SHAPES: Mapping[str, Kind] = {"tokens": "tags", "value": "value", "choices": "choice"}
+_SHAPES: Mapping[str, Kind] = {"tokens": "tags", "value": "value", "choices": "choice", "pair": "choice", "ranking": "choice"}
 _PLAIN = ("label", "value", "tokens")  # shapes without turns
 
 
@@ -59,7 +59,7 @@ class Task:
 
     def among(self, record: Record) -> tuple[str, ...]:
         """What an answer is chosen from: the labels, or the record's own candidates."""
-        return record.choices if self.kind == "choice" else self.labels
+        return candidates_of(record) if self.kind == "choice" else self.labels
 
     def tags(self, record: Record) -> tuple[str, ...]:
         """The gold tag of each word, in the task's own scheme. Raises DataError for tags that it does not have."""
@@ -115,7 +115,7 @@ class Task:
             answer = self.gold(record)
             if answer is None:
                 raise DataError("the question has no gold answer to judge by.", where=record.where)
-            if (wanted := _SHAPE_OF.get(self.kind)) is not None and record.shape != wanted:
+            if self.kind in _SHAPES.values() and _SHAPES.get(record.shape) != self.kind:
                 raise DataError(f"the row reads as '{record.shape}', and the task asks for {_ASKS[self.kind]}.", where=record.where)
             if self.kind == "label" and answer not in self.labels:
                 raise DataError(
@@ -176,7 +176,7 @@ _NAMES: Mapping[Kind, str] = {
     "generate": "generation",
 }
 _ASKS: Mapping[Kind, str] = {"tags": "words with a tag each", "value": "a text with a number", "choice": "a question with candidates"}
-_SHAPE_OF: Mapping[Kind, str] = {kind: shape for shape, kind in _SHAPES.items()}
+_SHAPE_OF: Mapping[Kind, str] = {"tags": "tokens", "value": "value", "choice": "choices"}
 
 
 def _kind_of(spec: TaskSpec, records: Sequence[Record]) -> tuple[Kind, tuple[str, ...]]:
@@ -195,7 +195,7 @@ def _kind_of(spec: TaskSpec, records: Sequence[Record]) -> tuple[Kind, tuple[str
 
 def _check_shapes(kind: Kind, records: Sequence[Record]) -> None:
     for record in records:
-        if record.shape != _SHAPE_OF[kind]:
+        if _SHAPES.get(record.shape) != kind:
             what = f"task.kind={kind} needs {_ASKS[kind]}, and this row reads as '{record.shape}'."
             raise SpecError(what, where=record.where, hints=[f"Name the columns, or the shape:  data.shape={_SHAPE_OF[kind]}"])
 
@@ -228,6 +228,11 @@ def _check_labels(labels: tuple[str, ...], records: Sequence[Record]) -> None:
                 where=record.where,
                 hints=["List it in task.labels, or leave such rows out:  data.filter.COLUMN=[...]"],
             )
+
+
+def candidates_of(record: Record) -> tuple[str, ...]:
+    """What a record lets choose among: its candidates, or its answers, the best first."""
+    return record.choices or tuple(str(answer[-1].get("content") or "") for answer in record.answers)
 
 
 def _short(text: str) -> str:

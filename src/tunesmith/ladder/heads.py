@@ -17,8 +17,9 @@ from tunesmith.engine.model import Model
 from tunesmith.evaluation.classifying import SAYS, check_head_task, objective_for
 from tunesmith.evaluation.tagging import subwords_of
 from tunesmith.evaluation.task import Task
-from tunesmith.objectives import OBJECTIVES, Objective
-from tunesmith.spec import Spec, objective_call
+from tunesmith.ladder.objective import check_compared, compares, objective_of
+from tunesmith.objectives import Objective
+from tunesmith.spec import Spec
 
 if TYPE_CHECKING:
     from tunesmith.ladder.job import Job
@@ -28,11 +29,6 @@ TRAINING = ("sft", *SAYS)
 
 _OUTPUTS: Mapping[Says, tuple[str, ...]] = {"value": ("value",), "choice": ("score",)}
 """What the one output of a head is called that says no labels."""
-
-
-def objective_of(spec: Spec) -> Objective:
-    """The spec's objective."""
-    return OBJECTIVES[objective_call(spec.objective).name]
 
 
 def objective_reads_labels(spec: Spec) -> bool:
@@ -91,6 +87,8 @@ def check_objective(spec: Spec, start: Model, task: Task, witnesses: Iterable[Re
     """
     objective = objective_of(spec)
     base = start.base
+    if compares(objective):
+        check_compared(objective, witnesses)
     if objective.reads_labels:
         check_head_task(base, task, objective.name)
         labels_of(spec, start, task)
@@ -100,7 +98,7 @@ def check_objective(spec: Spec, start: Model, task: Task, witnesses: Iterable[Re
             what = "data.stream holds no samples to read the tags from."
             raise SpecError(what, where="task.labels", hints=["Name them:  task.labels=[O, B-PER, I-PER] task.scheme=IOB2"])
         return
-    fitting = objective_for(task.kind) or "classify"
+    fitting = "reward" if compares(objective) else objective_for(task.kind) or "classify"
     if base.kind == "encoder":
         what = f"{base.name} is an encoder: it predicts no next word, which objective {objective.name} learns from."
         hints = [f"Nearest that works here:  objective: {fitting}  (a task head, for {_SAMPLES[fitting]})"]
@@ -119,6 +117,7 @@ _SAMPLES: Mapping[str, str] = {
     "tag": "words with tags",
     "regress": "texts with a number",
     "choose": "questions with candidates",
+    "reward": "answers held against one another",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from tunesmith.core.packages import cache_dir
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.record import Record
 from tunesmith.core.row import Row
-from tunesmith.data.lengths import fit
+from tunesmith.data.lengths import LengthReport, fit
 from tunesmith.data.rowcache import RowCache
 from tunesmith.data.rows import iter_rows, notes_of
 from tunesmith.data.rowstore import RowStore
@@ -34,7 +34,9 @@ from tunesmith.evaluation.evaluate import System, evaluate
 from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.evaluation.task import Task, make_task
 from tunesmith.ladder.data import Splits, as_messages, load_splits, take
-from tunesmith.ladder.heads import check_objective, give_head, labels_of, objective_of, scale_of
+from tunesmith.ladder.heads import check_objective, give_head, labels_of, scale_of
+from tunesmith.ladder.objective import compares, objective_of
+from tunesmith.ladder.preferring import judge_answers, made_answers, referred
 from tunesmith.ladder.streaming import Making, RecordStream, stored_rows
 from tunesmith.spec import Spec
 
@@ -87,8 +89,7 @@ class Job:
         """Training rows, tokenised once and cached by content, none over the limit. Raises DataError as the policy says."""
         if isinstance(self.splits.train, RecordStream):
             return self._rows_on_disk(self.splits.train)
-        made = list(self.made(self.splits.train, RowCache(cache_dir() / "rows")))
-        rows, lengths = fit(made, self.limit, self.spec.data.overlong, self.base.tokenizer)
+        rows, lengths = self._fitting(self.splits.train)
         self._say_rows(
             len(rows),
             sum(row.tokens for row in rows),
@@ -96,11 +97,23 @@ class Job:
             str(lengths) if lengths.dropped or lengths.truncated else "",
             notes_of(rows),
         )
-        return list(rows)
+        return list(referred(self, rows))
+
+    @cached_property
+    def dev_rows(self) -> Sequence[Row]:
+        """Rows of the dev samples, of an objective that is judged by what it says of them."""
+        records = take(self.splits.dev, self.spec.train.dev_questions, self.spec.train.seed)
+        return list(referred(self, self._fitting(records)[0]))
+
+    def _fitting(self, records: Iterable[Record]) -> tuple[list[Row], LengthReport]:
+        made = list(self.made(records, RowCache(cache_dir() / "rows")))
+        return fit(made, self.limit, self.spec.data.overlong, self.base.tokenizer)
 
     def made(self, records: Iterable[Record], cache: RowCache | None = None) -> Iterator[Row]:
         """Records as the objective learns from them: texts with what a head shall say of them, or dialogues with their answers."""
         tokenizer, renderer = self.base.tokenizer, self.start.renderer
+        if compares(objective_of(self.spec)):
+            return made_answers(self, records, cache)
         if objective_of(self.spec).reads_labels:
             return head_rows(self.base.kind, renderer, self.task, self.labels, records, cache, scale=self.scale)
         return iter_rows(tokenizer, map(self.sample, records), supervise=self.spec.data.supervise, renderer=renderer, cache=cache)
@@ -119,6 +132,10 @@ class Job:
         """The record as training sees it: with the task's system turn and instruction, like every question."""
         return record if record.shape == "text" else as_messages(record, self.task.solved(record))
 
+    def framed(self, record: Record) -> Record:
+        """The record with the task's system turn and instruction around its prompt; its answers as they are."""
+        return replace(record, messages=tuple(self.task.ask(record))) if record.messages else record
+
     def _say_rows(self, rows: int, tokens: int, supervised: int, lengths: str, notes: Mapping[str, int]) -> None:
         counts = [f"{len(part):,} {name}" for name, part in (("dev", self.splits.dev), ("test", self.splits.test)) if part]
         share = f"supervised {supervised / tokens:.1%} of {tokens:,} tokens" if supervised else f"{tokens:,} tokens"
@@ -128,7 +145,9 @@ class Job:
             self.notes.append(note)
 
     def judge_dev(self, model: Model) -> Mapping[str, float]:
-        """The task's metric on the dev samples, asked as in training."""
+        """The task's metric on the dev samples, asked as in training; of answers held against one another the objective's own figures."""
+        if compares(objective_of(self.spec)):
+            return judge_answers(self, model, self.dev_rows)
         records = take(self.splits.dev, self.spec.train.dev_questions, self.spec.train.seed)
         processes = current()
         records = records[processes.rank :: processes.count]
@@ -138,6 +157,8 @@ class Job:
 
     @property
     def metric_name(self) -> str:
+        if compares(objective_of(self.spec)):
+            return "accuracy"
         metric = self.task.metric
         return metric if isinstance(metric, str) else next(iter(metric))
 

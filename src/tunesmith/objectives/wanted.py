@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tunesmith.core.errors import SpecError
@@ -54,6 +55,23 @@ class Wanted:
             raise SpecError(f"top_k must be a whole number of at least 0, not {self.top_k!r}.")
         if unknown := sorted(self.detached.difference(DIFFERENTIABLE)):
             raise ValueError(f"{unknown[0]} is no reading with a gradient")
+
+
+def together(wanted: Sequence[Wanted]) -> Wanted:
+    """All that several objectives ask for. Raises SpecError where they read at other temperatures, or two divergences."""
+    if len(wanted) == 1:
+        return wanted[0]
+    if len({each.temperature for each in wanted}) > 1 or len({each.divergence for each in wanted} - {None}) > 1:
+        raise SpecError("a mix of objectives reads the policy at one temperature, and from one teacher in one way.")
+    return Wanted(
+        mean=any(each.mean for each in wanted),
+        best=any(each.best for each in wanted),
+        entropy=any(each.entropy for each in wanted),
+        top_k=max(each.top_k for each in wanted),
+        temperature=wanted[0].temperature,
+        divergence=next((each.divergence for each in wanted if each.divergence is not None), None),
+        detached=frozenset.intersection(*(each.detached for each in wanted)),
+    )
 
 
 def _check_temperature(value: float) -> None:

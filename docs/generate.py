@@ -1,4 +1,5 @@
-"""Writes the pages of docs/ that say what the code says: spec.md from the spec's models, report-schema.md from the report's.
+"""Writes the pages of docs/ that say what the code says: spec.md from the spec's models, report-schema.md from the report's,
+objectives.md from the table of objectives.
 
     make docs        or:  python docs/generate.py
 
@@ -22,7 +23,9 @@ from pydantic_core import PydanticUndefined
 from tunesmith.adapters.methods import METHODS
 from tunesmith.evaluation.metrics import METRICS
 from tunesmith.ladder.rungs import RUNGS
-from tunesmith.objectives import OBJECTIVES
+from tunesmith.objectives import OBJECTIVES, advantage
+from tunesmith.objectives.actions import AGGREGATIONS
+from tunesmith.objectives.described import Described, by_family, notation
 from tunesmith.report import schema
 from tunesmith.spec import Spec
 
@@ -252,6 +255,40 @@ _REPORT: Mapping[str, str] = {
 }
 
 
+def objectives_page() -> str:
+    """objectives.md: every objective with its equation, papers, options and denominator, and how rewards become advantages."""
+    out = [
+        "# Objectives",
+        _WRITTEN,
+        "`objective: name(option=value, ...)`. An objective is a pure function from what was read of a step to a loss: a sum, divided by "
+        "its denominator over the whole step, all micro-batches and processes, so that neither accumulation nor packing changes it. "
+        "`tunesmith objectives` lists them, `tunesmith objectives dpo` explains one.",
+    ]
+    for family, entries in by_family().items():
+        out += [f"## {family[0].upper()}{family[1:]}", notation(family)]
+        out += [part for each in entries for part in _objective(each)]
+    sums = [(f"`{name}`", how.said) for name, how in AGGREGATIONS.items()]
+    functions = [each for name, each in vars(advantage).items() if inspect.isfunction(each) and each.__module__ == advantage.__name__]
+    said = [(f"`{each.__name__}`", " ".join((inspect.getdoc(each) or "").split())) for each in functions if each.__name__[0] != "_"]
+    out += [
+        "## Sums over sampled tokens",
+        "The option `aggregation` of the objectives that learn from sampled answers.",
+        _table(("aggregation", "the sum is divided by"), sums),
+        "## From rewards to advantages",
+        inspect.getdoc(advantage) or "",
+        _table(("function", "what it computes"), said),
+    ]
+    return "\n\n".join(out) + "\n"
+
+
+def _objective(one: Described) -> list[str]:
+    papers = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in one.papers)
+    rows = [("unit", one.unit), ("reads", ", ".join(f"`{name}`" for name in one.reads)), ("sum divided by", one.denominator)]
+    rows += [("papers", papers)] if papers else []
+    text = one.text.replace("*", "\\*")
+    return [f"### {one.name}", f"`{one.written}`", text, _table(("", ""), rows)]
+
+
 def _json_type(value: Mapping[str, Any]) -> str:
     if "$ref" in value:
         name = str(value["$ref"]).rsplit("/", 1)[-1]
@@ -277,7 +314,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"spec.md": spec_page, "report-schema.md": report_page}
+PAGES: Mapping[str, Callable[[], str]] = {"spec.md": spec_page, "report-schema.md": report_page, "objectives.md": objectives_page}
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -78,8 +79,9 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Of what computes a cell."""
+    """Of what computes a cell; asked for with every cell's key, and read once."""
     return {name: _version(name) for name in ("tunesmith", "torch", "transformers", "numpy")}
 
 
@@ -96,9 +98,12 @@ class Store:
     def __init__(self, folder: Path, table: Table) -> None:
         self.folder, self.table = folder, table
         self._read: dict[Path, Result] = {}
+        self._paths: dict[Cell, Path] = {}
 
     def path(self, cell: Cell) -> Path:
-        return self.folder / f"{cell.name}.{cell.key(self.table)}.json"
+        if cell not in self._paths:
+            self._paths[cell] = self.folder / f"{cell.name}.{cell.key(self.table)}.json"
+        return self._paths[cell]
 
     def get(self, cell: Cell) -> Result | None:
         """The result of a cell, None where it has none yet."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         Plan,
         Run,
         attach,
+        choose,
         classify,
         climb,
         compare,
@@ -20,13 +21,15 @@ if TYPE_CHECKING:
         load_base,
         open,
         plan,
+        rate,
+        tag,
         train,
     )  # fmt: skip
 
 __version__ = "0.1.0"
 __all__ = [
-    "Comparison", "Evaluation", "Plan", "Run", "attach", "classify", "climb", "compare", "connect", "evaluate", "generate",
-    "load_base", "open", "plan", "train",
+    "Comparison", "Evaluation", "Plan", "Run", "attach", "choose", "classify", "climb", "compare", "connect", "evaluate", "generate",
+    "load_base", "open", "plan", "rate", "tag", "train",
 ]  # fmt: skip
 
 

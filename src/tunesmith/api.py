@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.bases import Base, load_base
 from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Reporter
@@ -26,11 +28,13 @@ from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.sampler import Sampling
 from tunesmith.engine.server import Server, connect, is_server
-from tunesmith.evaluation.classifying import label_logits
+from tunesmith.evaluation.choosing import choice_scores
+from tunesmith.evaluation.classifying import label_logits, objective_for
 from tunesmith.evaluation.evaluate import System
 from tunesmith.evaluation.evaluate import evaluate as judge
 from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.evaluation.results import Evaluation
+from tunesmith.evaluation.tagging import said_tags
 from tunesmith.evaluation.task import Task, make_task
 from tunesmith.ladder.climb import climb
 from tunesmith.ladder.comparison import Comparison, compare_systems
@@ -44,8 +48,8 @@ from tunesmith.spec import DataSpec, Spec, TaskSpec, make_spec
 Askable = Base | Model | Run | Server | str | Path
 
 __all__ = [
-    "Comparison", "Evaluation", "Plan", "Run", "attach", "classify", "climb", "compare", "connect", "evaluate", "generate",
-    "load_base", "open", "plan", "train",
+    "Comparison", "Evaluation", "Plan", "Run", "attach", "choose", "classify", "climb", "compare", "connect", "evaluate", "generate",
+    "load_base", "open", "plan", "rate", "tag", "train",
 ]  # fmt: skip
 
 
@@ -177,12 +181,8 @@ def classify(system: Askable, texts: str | Sequence[str], *, task: Mapping[str, 
     system: one that was trained by objective classify. task: how a text is put, as in a spec; for a run its own. Raises
     SpecError where the system has no task head, DataError for a text beyond the context.
     """
-    model = open(system)
-    if isinstance(model, Server) or model.head is None:
-        raise SpecError(f"{_name(system, model)} has no task head.", hints=["Train one:  objective: classify"])
-    spec = _run_spec(system)
-    asked = TaskSpec.model_validate(_plain(task)) if task is not None else spec.task if spec else TaskSpec()
-    labels = model.head.labels
+    model, asked = _with_head(system, "label", task)
+    labels = model.head.labels if model.head else ()
     made = Task("classification", "label", labels, system=asked.system, instruction=asked.instruction)
     many = [texts] if isinstance(texts, str) else list(texts)
     records = [Record("label", text=text, label=labels[0], where=f"text {number}") for number, text in enumerate(many, 1)]
@@ -190,6 +190,71 @@ def classify(system: Askable, texts: str | Sequence[str], *, task: Mapping[str, 
         shares = label_logits(model, made, records)[1].softmax(-1).tolist()
     said = [dict(sorted(zip(labels, row, strict=True), key=lambda pair: -pair[1])) for row in shares]
     return said[0] if isinstance(texts, str) else said
+
+
+def rate(system: Askable, texts: str | Sequence[str], *, task: Mapping[str, Any] | TaskSpec | None = None) -> Any:
+    """The number that a task head gives a text, or each of a list, in the unit of what it was trained on (objective regress).
+
+    system, task, errors: as for `classify`.
+    """
+    model, asked = _with_head(system, "value", task)
+    made = Task("regression", "value", system=asked.system, instruction=asked.instruction)
+    many = [texts] if isinstance(texts, str) else list(texts)
+    records = [Record("value", text=text, value=0.0, where=f"text {number}") for number, text in enumerate(many, 1)]
+    with model.active():
+        logits = label_logits(model, made, records)[1][:, 0]
+    way = model.head.way if model.head else None
+    said = [value * way.deviation + way.mean for value in logits.tolist()] if way else []
+    return said[0] if isinstance(texts, str) else said
+
+
+def tag(system: Askable, sentence: str | Sequence[str] | Sequence[Sequence[str]]) -> Any:
+    """The tag of each word of a sentence (objective tag): a list as long as its words, or one for each of several sentences.
+
+    sentence: words, or a text that is parted at spaces. A word that lies beyond the context is "O". Errors: as for `classify`.
+    """
+    model, asked = _with_head(system, "tags", None)
+    alone = isinstance(sentence, str) or (bool(sentence) and all(isinstance(word, str) for word in sentence))
+    many: list[Any] = [sentence] if alone else list(sentence)
+    words = [tuple(one.split()) if isinstance(one, str) else tuple(one) for one in many]
+    labels = model.head.labels if model.head else ()
+    spans = any(label.partition("-")[1] for label in labels)
+    made = Task("tagging", "tags", labels, scheme=asked.scheme if asked.scheme != "auto" else "IOB2" if spans else "plain")
+    records = [Record("tokens", text=" ".join(one), tokens=one, where=f"sentence {number}") for number, one in enumerate(words, 1)]
+    with model.active():
+        said = [list(tags) for tags in said_tags(model, made, records)[1]]
+    return said[0] if alone else said
+
+
+def choose(system: Askable, question: str | Sequence[Message], candidates: Sequence[str]) -> dict[str, float]:
+    """How a task head scores candidates (objective choose) or answers (objective reward): candidate -> probability of being the
+    right or the best one, the likeliest first.
+
+    question: a text or the turns of a dialogue; "" where answers stand alone. Errors: as for `classify`.
+    """
+    model, asked = _with_head(system, "choice", None)
+    turns = tuple(_dialogue(question)) if question else ()
+    answers = tuple(({"role": "assistant", "content": text},) for text in candidates)
+    record = Record("ranking", messages=turns, answers=answers, where="the question")
+    made = Task("choice", "choice", system=asked.system, instruction=asked.instruction)
+    with model.active():
+        scores = torch.tensor(choice_scores(model, made, [record])[1][0])
+    said = zip(candidates, scores.softmax(-1).tolist(), strict=True)
+    return dict(sorted(said, key=lambda pair: -pair[1]))
+
+
+def _with_head(system: Askable, says: str, task: Any) -> tuple[Model, TaskSpec]:
+    """The system with the head that is asked, and how it is asked. Raises SpecError where it has none that says this."""
+    model, objective = open(system), objective_for(says)
+    hints = [f"Train one:  objective: {objective}"]
+    if isinstance(model, Server) or model.head is None:
+        raise SpecError(f"{_name(system, model)} has no task head.", hints=hints)
+    if model.head.way.says != says:
+        verb = {"label": "classify", "value": "rate", "tags": "tag", "choice": "choose"}[model.head.way.says]
+        hints = [f"Nearest that works here:  ts.{verb}(...)", *hints]
+        raise SpecError(f"the task head of {_name(system, model)} answers otherwise.", hints=hints)
+    spec = _run_spec(system)
+    return model, TaskSpec.model_validate(_plain(task)) if task is not None else spec.task if spec else TaskSpec()
 
 
 def generate(

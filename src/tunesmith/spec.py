@@ -20,6 +20,7 @@ from tunesmith.core.registry import Call, check_options, parse_calls
 from tunesmith.core.section import Section
 from tunesmith.core.yamltext import read_value, read_yaml
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.rewardspec import RewardList, RewardSpec
 from tunesmith.rolloutspec import RolloutSpec, check_rollout
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ class DataSpec(Section):
     dev: str | int | float | None = Field(default=None, description="a source, '10%' of train, or a number of samples")
     test: str | int | float | None = Field(default=None, description="as dev; the questions that verdicts are taken on")
     columns: dict[str, str | int] = Field(default_factory=dict, description="role: column, for example {text: tweet, label: mood}")
-    shape: Literal["messages", "sharegpt", "alpaca", "prompt", "label", "value", "tokens", "choices", "text"] | None = None
+    shape: (
+        Literal["messages", "sharegpt", "alpaca", "prompt", "label", "value", "tokens", "choices", "text"]
+        | Literal["pair", "ranking", "rated", "question"]
+        | None
+    ) = None
     filter: dict[str, Any] = Field(default_factory=dict, description="column: condition, for example {confidence: '>= 0.8'}")
     stream: bool = Field(default=False, description="read and tokenise one sample at a time, and keep the rows on disk")
     balance: bool = Field(default=False, description="as many samples of every label; files named for dev and test stay as they are")
@@ -100,8 +105,11 @@ class TaskSpec(Section):
     )
     system: str | None = Field(default=None, description="system turn; null leaves the template's default")
     instruction: str = Field(default="", description="written before the text; '{text}' marks its place, '{labels}' the labels")
-    scoring: Literal["auto", "likelihood", "generation"] = Field(
-        default="auto", description="of label tasks; auto: by the task head of a model that has one, else by likelihood"
+    scoring: Literal["auto", "likelihood", "generation", "mean", "ratio"] = Field(
+        default="auto",
+        description="of labels and answers to choose among: by likelihood, its mean a token, its ratio to what the adapters stand on, "
+        "or generation; auto: by the task head of a model that has one, else by the ratio for answers that people preferred, "
+        "else by likelihood",
     )
     metric: str | dict[str, Any] = Field(default="", description="default: accuracy for labels, exact_match otherwise")
     max_new_tokens: int = Field(default=128, ge=1)
@@ -177,8 +185,10 @@ class Spec(Section):
     task: TaskSpec = Field(default_factory=TaskSpec)
     adapter: str = "lora(rank=16)"
     objective: str = "sft"
+    teacher: str | None = Field(default=None, description="of objective distil: a model or a run, as base.model")
     train: TrainSpec = Field(default_factory=TrainSpec)
     rollout: RolloutSpec = Field(default_factory=RolloutSpec, validate_default=True)
+    rewards: RewardList = Field(default_factory=list, description="what sampled answers are rewarded for")
     climb: ClimbSpec = Field(default_factory=ClimbSpec)
     track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
 
@@ -401,5 +411,5 @@ def _nearest_keys(path: Sequence[str]) -> list[str]:
 def _keys_at(path: Sequence[str]) -> list[str]:
     if not path:
         return list(Spec.model_fields)
-    inner = section(path[0]) if len(path) == 1 else None
+    inner = section(path[0]) if len(path) == 1 else RewardSpec if len(path) == 2 and path[0] == "rewards" else None
     return list(inner.model_fields) if inner else []

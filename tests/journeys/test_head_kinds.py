@@ -126,6 +126,24 @@ def test_a_trained_head_answers_what_it_has_not_seen(trained: Types, kind: str, 
         assert [one["label"] for one in found["classes"]] == ["LOC", "PER"]
 
 
+def test_heads_answer_from_python(trained: Types) -> None:
+    """Words and their tags, a number in the data's unit, candidates by their probability."""
+    rng = random.Random(7)
+    [one] = rows_of("tag", 1, rng)
+    assert ts.tag("runs/tag-encoder", one["tokens"]) == one["tags"] == ts.tag("runs/tag-decoder", " ".join(one["tokens"]))
+    assert ts.tag("runs/tag-encoder", [one["tokens"], one["tokens"]]) == [one["tags"]] * 2
+    [rated] = rows_of("regress", 1, rng)
+    assert ts.rate("runs/regress-encoder", rated["text"]) == pytest.approx(rated["score"], rel=0.3)
+    assert ts.rate("runs/regress-encoder", [rated["text"]]) == [ts.rate("runs/regress-encoder", rated["text"])]
+    [asked] = rows_of("choose", 1, rng)
+    for base in ("encoder", "decoder"):
+        said = ts.choose(f"runs/choose-{base}", asked["question"], asked["choices"])
+        assert next(iter(said)) == asked["choices"][asked["answer"]] and sum(said.values()) == pytest.approx(1)
+    with pytest.raises(SpecError, match="answers otherwise") as told:
+        ts.rate("runs/tag-encoder", "a text")
+    assert "ts.tag" in " ".join(told.value.hints)
+
+
 def test_what_is_found_is_told_in_words(trained: Types) -> None:
     tagged = trained("evaluate", "runs/tag-encoder").stdout
     assert "span_f1" in tagged and "strict f1" in tagged and "spans" in tagged and "PER" in tagged

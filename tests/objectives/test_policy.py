@@ -16,7 +16,7 @@ from slopes import slope
 from tunesmith.core.errors import SpecError
 from tunesmith.core.loss import Loss
 from tunesmith.objectives import OBJECTIVES, Wanted, grpo, rloo
-from tunesmith.objectives.actions import Answers, estimate, ratio_of
+from tunesmith.objectives.actions import Answers, estimate, ratio_by
 from tunesmith.objectives.registry import Amounts
 from tunesmith.spec import objective_call
 
@@ -206,7 +206,7 @@ def test_estimators_of_the_divergence_agree_on_average_over_what_the_policy_samp
 
 def test_ratios_beyond_reach_of_exp_stay_numbers_even_where_the_advantage_is_nothing() -> None:
     for kind in ("token", "sequence", "product"):
-        w = ratio_of(torch.tensor([0.0, -1.0]), torch.tensor([-500.0, -900.0]), Answers.of(torch.tensor([0, 1])), kind)  # type: ignore[arg-type]
+        w = ratio_by(kind, torch.tensor([0.0, -1.0]), torch.tensor([-500.0, -900.0]), Answers.of(torch.tensor([0, 1])))  # type: ignore[arg-type]
         assert torch.isfinite(w * torch.zeros(2)).all()
     lp = torch.tensor([-1.0], requires_grad=True)
     loss = grpo(lp, torch.tensor([-900.0]), torch.zeros(1), torch.tensor([-1e4]), torch.zeros(1), beta=0.1)

@@ -54,7 +54,7 @@ def test_the_loss_is_its_equation_and_its_gradients_the_equations_slopes(options
     read[:, 0] = read[:, 1] + 0.3 * read[:, 0]
     read[:, 3] = read[:, 4] + 0.3 * read[:, 3]
     lp, old, a, v, v_old, r, h = (torch.tensor(column, requires_grad=at in (0, 3, 6)) for at, column in enumerate(read.T))
-    loss = ppo(lp, old, a, torch.zeros(tokens), v, v_old, r, h, **options)
+    loss = ppo(lp, old, a, v, v_old, r, h, **options)
     assert float(loss.total.detach()) == pytest.approx(written_out(read, options)) and loss.weight == tokens
     loss.total.backward()
     truth = slope(lambda at: written_out(at, options), read, 1e-7)
@@ -67,7 +67,7 @@ def test_one_token_worked_by_hand() -> None:
     # w = 0.6 / 0.4 = 1.5, held at 1.2, A = 2: -2.4. V = 1.5 held at 1.2 (V_old 1), R = 2: max(0.25, 0.64) / 2 = 0.32, a tenth of it.
     v = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
     lp = tensor(math.log(0.6)).requires_grad_()
-    loss = ppo(lp, tensor(math.log(0.4)), tensor(2.0), torch.zeros(1), v, tensor(1.0), tensor(2.0), tensor(0.7), entropy_weight=0.5)
+    loss = ppo(lp, tensor(math.log(0.4)), tensor(2.0), v, tensor(1.0), tensor(2.0), tensor(0.7), entropy_weight=0.5)
     assert float(loss.total.detach()) == pytest.approx(-2.4 + 0.032 - 0.35)
     loss.total.backward()
     assert float(lp.grad) == 0 and float(v.grad) == 0  # type: ignore[arg-type]  # both are held
@@ -79,7 +79,7 @@ def test_one_token_worked_by_hand() -> None:
 
 def test_as_it_was_sampled_the_gradient_is_that_of_reinforce() -> None:
     lp = tensor(-1.0, -2.0).requires_grad_()
-    loss = ppo(lp, None, tensor(0.5, -3.0), torch.zeros(2), tensor(0, 0), tensor(0, 0), tensor(0, 0))
+    loss = ppo(lp, None, tensor(0.5, -3.0), tensor(0, 0), tensor(0, 0), tensor(0, 0))
     loss.total.backward()
     assert lp.grad is not None and lp.grad.tolist() == [-0.5, 3.0] and "entropy" not in loss.metrics
 
@@ -89,7 +89,7 @@ def test_entropy_has_its_gradient_only_where_it_is_rewarded() -> None:
     assert wanted({}) == Wanted() and wanted({}, logging=True) == Wanted(entropy=True, detached=frozenset({"entropy"}))
     assert wanted({"entropy_weight": 0.01}) == wanted({"entropy_weight": 0.01}, logging=True) == Wanted(entropy=True)
     with pytest.raises(ValueError, match="entropy"):
-        ppo(tensor(-1), None, tensor(1), torch.zeros(1), tensor(0), tensor(0), tensor(0), entropy_weight=0.1)
+        ppo(tensor(-1), None, tensor(1), tensor(0), tensor(0), tensor(0), entropy_weight=0.1)
 
 
 @pytest.mark.parametrize("written", ["ppo(clip=0)", "ppo(value_clip=-1)", "ppo(value_weight=-0.1)", "ppo(entropy_weight=none)"])

@@ -10,7 +10,24 @@ import typer
 from typer.core import TyperGroup
 
 from tunesmith import __version__
-from tunesmith.cli import adapter, chat, climb, compare, data, demo, doctor, evaluate, generate, methods, plan, sites, train
+from tunesmith.cli import (
+    adapter,
+    chat,
+    climb,
+    compare,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    judge,
+    methods,
+    objectives,
+    pairs,
+    plan,
+    sites,
+    train,
+)
 from tunesmith.cli.common import Session, complain
 from tunesmith.core.errors import TunesmithError
 
@@ -81,9 +98,12 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")
+app.command("pairs")(pairs.pairs)
+app.add_typer(judge.app, name="judge")
 app.add_typer(adapter.app, name="adapter")
 app.command("export")(adapter.export)
 app.command("methods")(methods.methods)
+app.command("objectives")(objectives.objectives)
 app.command("sites")(sites.sites)
 app.command("doctor")(doctor.doctor)
 

@@ -66,8 +66,14 @@ def show(
     from tunesmith.ladder.heads import objective_reads_labels
 
     records = _read(described, source)
-    messages = _solved(described, records)
     console = stdout()
+    if any(record.apart for record in records):
+        from tunesmith.cli.answers import show_answers
+
+        reading = None if base is None and spec is None else _tokenizer(described, session(ctx).reporter)
+        show_answers(console, described, reading, records, source, rows, max(COUNTED, rows))
+        return
+    messages = _solved(described, records)
     if base is None and spec is None:
         for record, dialogue in zip(records[:rows], messages, strict=False):
             _show_words(console, record, dialogue)

@@ -48,18 +48,18 @@ def labelled_rows(renderer: Renderer, readings: Iterable[Reading], cache: RowCac
     for one in second:
         if one.messages:
             row = _question(renderer, one.messages, one.where)
-            yield replace(row, segments=(_asked(row.segments[0], one.label),))
+            yield replace(row, segments=(asked_last(row.segments[0], one.label),))
             continue
         row = next(texts)
         start, end = around.inside(row)
         cuttable = ((start, end),) if start < end else ()
         if not one.others:
-            yield replace(row, segments=(_asked(row.segments[0], one.label),), cuttable=cuttable)
+            yield replace(row, segments=(asked_last(row.segments[0], one.label),), cuttable=cuttable)
             continue
         others = [next(texts) for _ in one.others]
         notes = tuple(dict.fromkeys(note for each in (row, *others) for note in each.notes))
         labels = one.labels or (one.label,)
-        leaves = [_asked(around.second(other), label) for other, label in zip(others, labels, strict=True)]
+        leaves = [asked_last(around.second(other), label) for other, label in zip(others, labels, strict=True)]
         root = around.first(row)
         yield TextRow((root, *leaves), row.where, cuttable=((start, len(row.segments[0]) - around.ended),), notes=notes)
 
@@ -119,11 +119,11 @@ def answered_rows(renderer: Renderer, readings: Iterable[Reading]) -> Iterator[T
             row = renderer.options(one.messages, one.others, where=one.where)
         except RenderError as cause:
             raise RenderError(cause.what, where=cause.where or one.where, hints=cause.hints) from cause
-        leaves = [_asked(part, label) for part, label in zip(row.segments[1:], one.labels, strict=True)]
+        leaves = [asked_last(part, label) for part, label in zip(row.segments[1:], one.labels, strict=True)]
         yield replace(row, segments=(row.segments[0], *leaves))
 
 
-def _asked(part: Segment, label: float) -> Segment:
+def asked_last(part: Segment, label: float) -> Segment:
     """The same tokens, nothing of them a target, with a label at the last."""
     labels = np.full(len(part), np.nan, np.float32)
     labels[-1] = label

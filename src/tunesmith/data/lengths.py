@@ -140,7 +140,7 @@ def _shorten(row: Row, length: int, max_tokens: int, tokenizer: Any) -> Row:
         left.append((stop, end))
         if excess <= 0:
             break
-    if excess > 0:
+    if excess > 0 or _bare(row, keep):
         most = sum(end - start for start, end in spans)
         raise DataError(
             f"the row has {length} tokens, and shortening its prompt cannot bring it to {max_tokens}.",
@@ -155,6 +155,13 @@ def _shorten(row: Row, length: int, max_tokens: int, tokenizer: Any) -> Row:
     remaining = [*left, *spans[len(left) :]]
     moved = tuple((int(places[start]), int(places[end])) for start, end in remaining if start < end)
     return TextRow(segments, row.where, cuttable=moved, notes=(*_notes(row), "the prompt was shortened from the left"))
+
+
+def _bare(row: Row, keep: np.ndarray) -> bool:
+    """Would a path begin with a token that is learned, with nothing left to predict it from?"""
+    if keep.any():
+        return bool(row.segments[0].supervised[keep][0])
+    return any(part.parent == 0 and bool(part.supervised[:1].any()) for part in row.segments)
 
 
 def _notes(row: Row) -> tuple[str, ...]:

@@ -22,8 +22,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "system": ("system", "system_prompt"),
     "reasoning": ("reasoning", "rationale"),
     "tools": ("tools",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "answers": ("answers", "responses", "completions"),
+    "scores": ("scores",),
+    "margin": ("margin",),
+    "probability": ("probability",),
+    "good": ("good", "desirable", "label"),
     "group": (),
 }
 """By role: the usual names, compared without case. A group is never guessed, since a wrong one would spoil the splits."""
 
-KNOWN_NAMES = frozenset(name for names in NAMES.values() for name in names)
+KNOWN_NAMES = frozenset(name for names in NAMES.values() for name in names) - {"good", "desirable", "rejected"}
+"""Names that show that a table's first line is its header: none of those that may as well be a label."""

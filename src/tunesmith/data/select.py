@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith.core.errors import DataError, SpecError, unknown
-from tunesmith.core.record import Record, called
+from tunesmith.core.record import COMPARED, Record, called, said
 
 Condition = Callable[[Any, Record], bool]
 Filter = Mapping[str, Any]
@@ -63,7 +63,8 @@ def select(
 
     filter: over the rows' own columns, all must hold: {"confidence": ">= 0.8", "lang": "en", "source": ["a", "b"]}
     (>=, <=, >, < compare numbers; ==, !=, plain values and lists compare as written; an absent value never holds).
-    drop_conflicts: drop every record whose question has different answers. drop_duplicates: of records with the same
+    drop_conflicts: drop every record whose question has different answers; of answers held against one another, those that are
+    ranked or marked otherwise elsewhere. drop_duplicates: of records with the same
     question and answer (spaces folded) keep the first. balance: as many records of each label. limit: at most so many,
     still balanced if balance is set. Balance and limit draw by a hash of seed and record, not by the order of the file.
 
@@ -170,16 +171,23 @@ def _equal(value: Any, wanted: Any) -> bool:
 
 
 def answer_of(record: Record) -> str:
-    """The answer as an identity: what the assistant says and calls, spaces folded."""
+    """The answer as an identity: what the assistant says and calls, spaces folded; of several answers all, in their order."""
     if record.shape == "label":
         return record.label or ""
+    if record.apart:
+        return "\n".join([*map(said, record.answers), *([] if record.good is None else [str(record.good)])])
     return " ".join((record.answer() or "").split()) + called(record.reply() or {})
+
+
+def _disputed(record: Record) -> str:
+    """What two answers may contradict each other about: the question, and of answers held against one another these answers."""
+    return "\n".join([record.key(), *(sorted(map(said, record.answers)) if record.shape in COMPARED else ())])
 
 
 def _without_conflicts(records: Sequence[Record]) -> list[Record]:
     answers: dict[str, str] = {}
     conflicting = set()
-    keys = [record.key() for record in records]
+    keys = [_disputed(record) for record in records]
     for key, record in zip(keys, records, strict=True):
         if answers.setdefault(key, answer_of(record)) != answer_of(record):
             conflicting.add(key)

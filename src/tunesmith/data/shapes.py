@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from tunesmith.core.errors import DataError, SpecError, TunesmithError, nearest, unknown
 from tunesmith.core.record import Message, Record, Shape
@@ -14,6 +14,7 @@ from tunesmith.data import dialogues
 from tunesmith.data.files import RawRow, ReadOptions
 from tunesmith.data.forheads import candidates, number, question, words_and_tags
 from tunesmith.data.names import NAMES
+from tunesmith.data.preferred import PARTED, listed
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -25,6 +26,11 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "tokens": ("tokens", "tags"),
     "choices": ("prompt", "choices", "answer"),
     "text": ("text",),
+    "pair": ("chosen", "rejected"),
+    "ranking": ("answers",),
+    "rated": ("prompt", "completion", "good"),
+    "question": ("prompt",),
+    "asked": ("messages",),
 }
 """The columns that a row of each shape must have."""
 
@@ -38,6 +44,11 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "tokens": (),
     "choices": ("system", "reasoning"),
     "text": (),
+    "pair": ("prompt", "margin", "probability", "system", "tools"),
+    "ranking": ("prompt", "scores", "system", "tools"),
+    "rated": ("system", "tools"),
+    "question": ("answer", "system", "tools"),
+    "asked": ("system", "tools"),
 }
 """The columns that it may have besides (and any may name a group)."""
 
@@ -51,11 +62,17 @@ NARROWED: Mapping[str, tuple[str, ...]] = {
     "tokens": ("tokens",),
     "choices": ("choices",),
     "text": ("text",),
+    "pair": ("pair",),
+    "ranking": ("ranking",),
+    "rated": ("rated",),
+    "question": ("question", "asked"),
 }
 """The kinds that shape=NAME asks for."""
 
 _LISTS = ("tokens", "tags")
-_LEARNED = ("completion", "label", "value", "tags", "answer")
+_LEARNED = ("completion", "label", "value", "tags", "answer", "chosen", "rejected", "answers", "good")
+_TOLD: Mapping[str, str | None] = {"value": "value", "rated": "good", "question": None, "asked": None}
+"""Kinds that are read only where the shape, or this column, is named: a score beside a text is seldom what is to be learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +104,8 @@ def check_options(options: ReadOptions) -> None:
 def _kinds(options: ReadOptions) -> list[str]:
     wanted = set(options.columns) - {"group"}
     kinds = NARROWED[options.shape] if options.shape else tuple(PARTS)
-    if not options.shape and "value" not in wanted:  # a score beside a text is seldom what is to be learned
-        kinds = tuple(kind for kind in kinds if kind != "value")
+    if not options.shape:
+        kinds = tuple(kind for kind in kinds if kind not in _TOLD or _TOLD[kind] in wanted)
     return [kind for kind in kinds if wanted <= {*PARTS[kind], *ALLOWED[kind]}]
 
 
@@ -113,12 +130,18 @@ def recognise(raw: RawRow, options: ReadOptions) -> Reading:
 
 
 def _readings(kind: str, raw: RawRow, options: ReadOptions) -> list[Reading]:
-    found = [_matches(part, raw, options) for part in PARTS[kind]]
+    parts = PARTS[kind]
+    if kind in ("pair", "ranking") and _matches("prompt", raw, options):  # which not all have
+        parts = ("prompt", *parts)
+    found = [_matches(part, raw, options) for part in parts]
     choices = [
-        Reading(kind, dict(zip(PARTS[kind], columns, strict=True)))
+        Reading(kind, dict(zip(parts, columns, strict=True)))
         for columns in itertools.product(*found)
         if len(set(columns)) == len(columns)
     ]
+    if kind == "ranking" and not (options.shape or "answers" in options.columns):  # a list of answers may be of equally good ones
+        scored = bool(_matches("scores", raw, options))
+        return [reading for reading in choices if scored or listed(raw.fields[reading.columns["answers"]])[1]]
     if kind in ("messages", "sharegpt"):
         return [reading for reading in choices if dialogues.form_of(raw.fields[reading.columns["messages"]]) == kind]
     if kind == "tokens":
@@ -215,6 +238,11 @@ def to_record(raw: RawRow, reading: Reading, options: ReadOptions) -> Record:
         turns = (*_turns(raw, reading.columns["prompt"], "user"), {"role": "assistant", "content": among[right]})
         turns = dialogues.with_system(turns, _optional_text("system", raw, reading, options), raw.where)
         return Record("choices", messages=turns, choices=among, **known)
+    if reading.kind in PARTED:
+        parts = PARTED[reading.kind](raw, reading.columns, lambda part: _optional(part, raw, reading, options))
+        parts["messages"] = dialogues.with_system(parts["messages"], _optional_text("system", raw, reading, options), raw.where)
+        tools = dialogues.tool_schemas(_optional("tools", raw, reading, options), raw.where)
+        return Record(cast(Shape, "question" if reading.kind == "asked" else reading.kind), tools=tools, **parts, **known)
     messages = dialogues.with_system(_messages(raw, reading, options), _optional_text("system", raw, reading, options), raw.where)
     if not dialogues.has_answer(messages):
         raise no_answer(
@@ -228,7 +256,7 @@ def to_record(raw: RawRow, reading: Reading, options: ReadOptions) -> Record:
 def _check_same(raw: RawRow, reading: Reading, options: ReadOptions) -> None:
     missing = [part for part, column in reading.columns.items() if column not in raw.fields]
     same = not missing
-    if same and "messages" in reading.columns:
+    if same and reading.kind in ("messages", "sharegpt"):
         same = dialogues.form_of(raw.fields[reading.columns["messages"]]) in (reading.kind, None)
     if same:
         return

@@ -57,7 +57,8 @@ def read_records(
     sub-folders too), `pypi:NAME==VERSION/inner/path`, or `hub:NAME[:CONFIG][@SPLIT]`. columns: role to column, as in
     {"text": "tweet", "label": "sentiment"}, or to its place from 1 in a table without header; roles: text, label, text_pair,
     value, tokens, tags, choices, answer, prompt, completion, messages, instruction, input, history, system, reasoning, tools,
-    group. shape: messages, sharegpt, alpaca, prompt, label, value, tokens, choices or text, where the columns allow several.
+    chosen, rejected, margin, probability, answers, scores, good, group. shape: messages, sharegpt, alpaca, prompt, label, value,
+    tokens, choices, text, pair, ranking, rated or question, where the columns allow several.
     decode_errors: strict, replace, ignore or backslashreplace. limit: at most so many records.
 
     bad_rows: where rows that cannot be used are counted, in place of an error; a file of which no row can be used stays
@@ -72,6 +73,21 @@ def read_records(
         raise SpecError(f"a limit cannot be negative, and {limit} is.", where="data.limit")
     parts = _open(os.fspath(source), options)
     return itertools.islice(_records(parts, options), limit)
+
+
+def read_rows(
+    source: str | os.PathLike[str], *, columns: Mapping[str, str | int] | None = None, encoding: str = "utf-8"
+) -> Iterator[RawRow]:
+    """The rows of a source as they stand, for readers that know shapes of their own; source and columns as of `read_records`, of any role.
+
+    Raises DataError, with file and line; a file without rows is one.
+    """
+    options = ReadOptions(columns or {}, encoding=encoding)
+    for part in _open(os.fspath(source), options):
+        first = next(part.rows, None)
+        if first is None:
+            raise DataError("the file is empty: it has no rows.", where=part.shown)
+        yield from itertools.chain([first], part.rows)
 
 
 def _records(parts: Iterable[_Part], options: ReadOptions) -> Iterator[Record]:

@@ -40,7 +40,11 @@ class Survey:
     _kind: array[int] = field(default_factory=lambda: array("b"))
 
     def add(self, record: Record) -> None:
-        """Take down one record."""
+        """Take down one record. Raises SpecError for shapes of which a run needs all records at hand."""
+        if record.apart:
+            what = f"data.stream reads texts, dialogues and labels, and this row reads as '{record.shape}'."
+            hints = ["Such rows are held against one another, or drawn from, all together.", "Leave it out:  data.stream=false"]
+            raise SpecError(what, where=record.where, hints=hints)
         self._questions.append(int(record.key(), 16))
         self._answers.append(_hash(answer_of(record)))
         self._label.append(-1 if record.label is None else self.labels.setdefault(record.label, len(self.labels)))

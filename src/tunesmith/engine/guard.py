@@ -34,7 +34,7 @@ def gone_wrong(loss: float, norm: float, seen: Sequence[float], factor: float) -
     """Empty for a step that may be taken, else what is wrong with it. The gradient's norm also tells whether all of it is finite."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         return "is not a number"
-    return "exploded" if exploded(loss, seen, factor) else ""
+    return "exploded" if factor < math.inf and exploded(loss, seen, factor) else ""
 
 
 def bad_step(wrong: str, step: int, loss: float, norm: float, seen: Sequence[float], rows: Sequence[Row]) -> tuple[str, list[str]]:

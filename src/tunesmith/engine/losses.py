@@ -48,12 +48,14 @@ def parts_of(expression: str) -> list[Part]:
 @dataclass(frozen=True, slots=True)
 class Beside:
     """What a loss may need beside the pack. kl, values: see `units.Answers`. teacher: what a divergence is from. others: further
-    objectives, whose factors bring their sums to the first one's denominator."""
+    objectives, whose factors bring their sums to the first one's denominator. temperature: that answers were sampled at, by which the
+    logits are divided."""
 
     kl: Tensor | None = None
     values: Tensor | None = None
     teacher: Teacher | None = None
     others: Sequence[Part] = ()
+    temperature: float = 1.0
 
 
 def others_of(parts: Sequence[Part], rows: Sequence[Row], weight: float | None) -> list[Part]:
@@ -89,7 +91,10 @@ def loss_of(
         return objective.loss(read_task_head(forward, pack, adapter.head), options)
     beside = beside or Beside()
     wanted = [part.objective.wanted(part.options, logging=logging) for part in (Part(objective, options), *beside.others)]
-    scored = forward(pack, together(wanted), teacher=beside.teacher)
+    asked = together(wanted)
+    if beside.temperature != 1.0:
+        asked = replace(asked, temperature=beside.temperature)
+    scored = forward(pack, asked, teacher=beside.teacher)
     read = scored if objective.unit == "tokens" else Answers(scored, kl=beside.kl, values=beside.values)
     loss = objective.loss(read, options)
     for part in beside.others:

@@ -165,7 +165,8 @@ class Trainer:
         def loss(row: Row) -> Tensor:
             forward = self.model.forward
             weight = weight_of([row], self.objective, self.options) or 1.0
-            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options).total / weight
+            beside = Beside(values=None if self.critic is None else self.critic.numbers([row]))
+            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options, beside=beside).total / weight
 
         with self.model.active(), self.model.forward.held():
             seen = prepare(self.adapter, self.feed.first(), loss)
@@ -209,7 +210,8 @@ class Trainer:
         weight = batch.weight or weight_of(rows, self.objective, self.options)
         self.adapter.begin(step, self.total, spec.seed)
         kl = drift_on(others, self.model, self.state.pack_tokens or spec.pack_tokens, self.processes) if others else None
-        beside = Beside(kl, others=others_of(self.parts, rows, weight))
+        heat = self.spec.rollout.temperature if self.objective.samples else 1.0
+        beside = Beside(kl, others=others_of(self.parts, rows, weight), temperature=heat)
         total, weight, sums = self._gradients(rows, weight, logged, beside)
         loss, norm = total / weight, self.optimizer.gradient_norm()
         self._guard(loss, norm, lr, rows)
@@ -218,7 +220,8 @@ class Trainer:
         self.adapter.updated(step + 1, self.total)
         self.state.losses = remembered(self.state.losses, loss)
         self.state.supervised += sum(row.supervised_tokens for row in rows) or int(weight)
-        named = {name: value / weight for name, value in sums.items()} if logged else {}
+        over = weight_of(rows, self.objective, self.options) or weight  # metrics are of these rows alone
+        named = {name: value / (weight if name == "penalty" else over) for name, value in sums.items()} if logged else {}
         return {"loss": loss, "grad_norm": norm, **named}
 
     def _logged(self, step: int) -> bool:
@@ -312,6 +315,8 @@ class Trainer:
             beside = replace(beside, teacher=taught(self.teacher, rows))
         loss = loss_of(forward, self.adapter, pack, self.objective, self.options, logging=sums is not None, beside=beside)
         (loss.total / weight).backward()
+        if self.critic is not None:
+            self.critic.learn()
         self.optimizer.collect()
         if sums is not None:
             for name, value in loss.metrics.items():

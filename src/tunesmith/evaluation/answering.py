@@ -109,6 +109,32 @@ class Answers:
 # Choosing among labels
 
 
+def _measure(model: Model, task: Task, records: Sequence[Record]) -> str:
+    """Likelihood, its mean a token, or its ratio to the reference's: what a model that was taught preferences was taught to raise.
+
+    Raises SpecError for a ratio where there is no adapter to leave out.
+    """
+    if task.scoring == "auto" and model.adapters and any(record.answers for record in records):
+        return "ratio"
+    if task.scoring == "ratio" and not model.adapters:
+        hints = ["Nearest that works here:  task.scoring=likelihood"]
+        raise SpecError(f"{model.name or model.base.name} has no adapter that could be left out.", where="task.scoring", hints=hints)
+    return task.scoring
+
+
+def _weighed(model: Model, rows: Sequence[Row], measure: str, progress: Progress) -> list[list[float]]:
+    scores = score_options(model, rows, progress)
+    if measure == "mean":
+        lengths = [[int(row.segments[1 + place].supervised.sum()) for place in range(len(own))] for row, own in zip(rows, scores, strict=True)]
+        return [[score / max(1, n) for score, n in zip(*both, strict=True)] for both in zip(scores, lengths, strict=True)]
+    if measure == "ratio":
+        beneath = Model(model.base, model.adapters[:-1])
+        with beneath.active():
+            before = score_options(beneath, rows)
+        return [[now - then for now, then in zip(*both, strict=True)] for both in zip(scores, before, strict=True)]
+    return scores
+
+
 def by_likelihood(system: System, model: Model, task: Task, records: Sequence[Record], progress: Progress) -> Answers:
     """The label, or the candidate, of the highest likelihood for each record."""
     renderer = model.renderer
@@ -117,7 +143,7 @@ def by_likelihood(system: System, model: Model, task: Task, records: Sequence[Re
         with located(record.where):
             rows.append(renderer.options(system.ask(record), task.among(record), tools=record.tools or None, where=record.where))
     _check_context(model, rows)
-    scores = score_options(model, rows, progress)
+    scores = _weighed(model, rows, _measure(model, task, records), progress)
     best = [max(range(len(own)), key=own.__getitem__) for own in scores]
     chosen = [task.among(record)[index] for record, index in zip(records, best, strict=True)]
     return Answers(
@@ -152,7 +178,7 @@ def by_head(model: Model, task: Task, records: Sequence[Record], progress: Progr
         texts = [" ".join(each) for each in tags]
     elif task.kind == "choice":
         rows, scores = choice_scores(model, task, records, progress)
-        chosen = [record.choices[own.index(max(own))] for record, own in zip(records, scores, strict=True)]
+        chosen = [task.among(record)[own.index(max(own))] for record, own in zip(records, scores, strict=True)]
         texts = chosen
     else:
         rows, logits = label_logits(model, task, records, progress)

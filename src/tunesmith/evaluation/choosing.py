@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
 
 from tunesmith.core.errors import DataError
 from tunesmith.core.record import Record
 from tunesmith.data.labelled import Reading, answered_rows, labelled_rows
+from tunesmith.data.preferences import scored_rows
 from tunesmith.data.rendering import Renderer
 from tunesmith.data.rowcache import RowCache
 from tunesmith.data.textrow import TextRow
@@ -24,8 +27,17 @@ def choice_rows(kind: str, renderer: Renderer, task: Task, records: Iterable[Rec
     to the question, as the chat template writes it. kind: of the base. A candidate's label says how many candidates further the
     right one stands. Raises DataError for a record without candidates, and for a dialogue where an encoder needs one text.
     """
-    readings = (_reading(kind, task, record) for record in records)
-    return labelled_rows(renderer, readings, cache) if kind == "encoder" else answered_rows(renderer, readings)
+    for compared, some in groupby(records, lambda record: bool(record.answers)):
+        if compared:
+            yield from scored_rows(kind, renderer, some if kind == "encoder" else (framed(task, record) for record in some), cache)
+            continue
+        readings = (_reading(kind, task, record) for record in some)
+        yield from labelled_rows(renderer, readings, cache) if kind == "encoder" else answered_rows(renderer, readings)
+
+
+def framed(task: Task, record: Record) -> Record:
+    """A record of answers with the task's system turn and instruction around its prompt; its answers as they are."""
+    return replace(record, messages=tuple(task.ask(record))) if record.messages else record
 
 
 def _reading(kind: str, task: Task, record: Record) -> Reading:

@@ -33,7 +33,8 @@ _PLAIN = ("label", "value", "tokens")  # shapes without turns
 class Task:
     """kind: "label" a choice among `labels`, "tags" one of `labels` for each word, "value" a number, "choice" one of the record's
     own candidates, "generate" free text. instruction: "{text}" marks the record's text, "{text_pair}" the second of a pair.
-    scoring: label tasks by the likelihood of each label, or by generation and parsing; "auto": by the task head of a model
+    scoring: label tasks by the likelihood of each label ("mean": a token; "ratio": over that of the model without its last adapter,
+    the implicit reward of preference learning), or by generation and parsing; "auto": by the task head of a model
     that has one, else by likelihood. metric: name or {name: options}; "accuracy" for labels, "exact_match" if none is named
     for text. history: whose turns a dialogue is continued from. scheme: that the records' tags are written in; repair: illegal
     ones are read as `tagsets.own_tags` says. subwords: pieces of a word that are asked ("auto": as the base reads).
@@ -44,7 +45,7 @@ class Task:
     labels: tuple[str, ...] = ()
     system: str | None = None
     instruction: str = ""
-    scoring: Literal["auto", "likelihood", "generation"] = "auto"
+    scoring: Literal["auto", "likelihood", "generation", "mean", "ratio"] = "auto"
     metric: str | Mapping[str, Any] = ""
     max_new_tokens: int = 128
     history: Literal["gold", "own"] = "gold"

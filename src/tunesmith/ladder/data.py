@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.progress import Quiet, Reporter
-from tunesmith.core.record import Message, Record
+from tunesmith.core.record import COMPARED, Message, Record
 from tunesmith.data import BadRows, check_leaks, read_records, select, split
+from tunesmith.data.comparing import compared, shared_answers
 from tunesmith.spec import DataSpec
 
 Size = str | int | float
@@ -81,6 +82,9 @@ def load_splits(spec: DataSpec, reporter: Reporter | None = None) -> Splits:
             out.train, drop_conflicts=False, drop_duplicates=False, balance=spec.balance, limit=spec.limit, seed=spec.seed
         )
         out.notes.append(f"train: {before - len(out.train):,} over the limit of {spec.limit:,} left out")
+    if any(record.shape in COMPARED for record in out.train):
+        out.notes += [f"train: {line}" for line in compared(out.train).lines()]
+        out.notes += shared_answers(out.train, {"dev": out.dev, "test": out.test})
     return out
 
 

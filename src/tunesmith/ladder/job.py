@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,10 @@ from tunesmith.ladder.data import Splits, as_messages, load_splits, take
 from tunesmith.ladder.heads import check_objective, give_head, labels_of, scale_of
 from tunesmith.ladder.objective import compares, objective_of
 from tunesmith.ladder.preferring import judge_answers, made_answers, referred
+from tunesmith.ladder.reinforcing import check_rewards
 from tunesmith.ladder.streaming import Making, RecordStream, stored_rows
+from tunesmith.ladder.teachers import check_teaching
+from tunesmith.rollout.rewards import Rewards
 from tunesmith.spec import Spec
 
 
@@ -52,6 +55,7 @@ class Job:
     task: Task
     reporter: Reporter = field(default_factory=Quiet)
     notes: list[str] = field(default_factory=list)
+    rewards: Rewards | None = None
     keep_base: bool = False  # the bare base is asked again after training, so what training overwrites must be kept
 
     @property
@@ -132,10 +136,6 @@ class Job:
         """The record as training sees it: with the task's system turn and instruction, like every question."""
         return record if record.shape == "text" else as_messages(record, self.task.solved(record))
 
-    def framed(self, record: Record) -> Record:
-        """The record with the task's system turn and instruction around its prompt; its answers as they are."""
-        return replace(record, messages=tuple(self.task.ask(record))) if record.messages else record
-
     def _say_rows(self, rows: int, tokens: int, supervised: int, lengths: str, notes: Mapping[str, int]) -> None:
         counts = [f"{len(part):,} {name}" for name, part in (("dev", self.splits.dev), ("test", self.splits.test)) if part]
         share = f"supervised {supervised / tokens:.1%} of {tokens:,} tokens" if supervised else f"{tokens:,} tokens"
@@ -159,6 +159,8 @@ class Job:
     def metric_name(self) -> str:
         if compares(objective_of(self.spec)):
             return "accuracy"
+        if objective_of(self.spec).samples:
+            return "reward"
         metric = self.task.metric
         return metric if isinstance(metric, str) else next(iter(metric))
 
@@ -166,14 +168,16 @@ class Job:
 def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model | None = None) -> Job:
     """Load what a spec names. base: one that is loaded already (the spec's is then not loaded again)."""
     reporter = reporter or Quiet()
+    check_teaching(spec)
     splits = load_splits(spec.data, reporter)
     start = base if isinstance(base, Model) else Model(base) if base is not None else load_start(spec, reporter)
     witnesses = splits.witnesses or splits.train
-    job = Job(spec, start, splits, make_task(spec.task, witnesses), reporter, notes=[*splits.notes])
+    rewards = check_rewards(spec, splits.train)
+    job = Job(spec, start, splits, make_task(spec.task, witnesses), reporter, notes=[*splits.notes], rewards=rewards)
     check_objective(spec, start, job.task, witnesses)
-    for part in (splits.dev, splits.test):
+    for part in () if objective_of(spec).samples or compares(objective_of(spec)) else (splits.dev, splits.test):
         if any(record.shape != "text" for record in part):
-            job.task.check(part)
+            job.task.check([record for record in part if record.good is not False])
     return job
 
 

@@ -10,24 +10,26 @@ import torch
 from tunesmith.core.packages import cache_dir
 from tunesmith.core.record import Record
 from tunesmith.core.row import Row
-from tunesmith.data.preferences import preference_rows, rated_rows, scored_rows
+from tunesmith.data.preferences import preference_rows, rated_rows
 from tunesmith.data.rowcache import RowCache
 from tunesmith.engine.losses import judge
 from tunesmith.engine.model import Model
 from tunesmith.engine.processes import current
 from tunesmith.engine.reference import with_reference
+from tunesmith.evaluation.choosing import choice_rows, framed
 from tunesmith.ladder.objective import objective_of
 from tunesmith.spec import objective_call
 
 if TYPE_CHECKING:
     from tunesmith.ladder.job import Job
 
+
 def made_answers(job: Job, records: Iterable[Record], cache: RowCache | None) -> Iterator[Row]:
     """Records as rows of a prompt and its answers."""
     unit, renderer = objective_of(job.spec).unit, job.start.renderer
     if unit == "scores":
-        return iter(scored_rows(job.base.kind, renderer, records, cache))
-    records = [job.framed(record) for record in records]
+        return choice_rows(job.base.kind, renderer, job.task, records, cache)
+    records = [framed(job.task, record) for record in records]
     if unit == "answers":
         return iter(rated_rows(renderer, records, cache=cache, seed=job.spec.data.seed))
     return iter(preference_rows(renderer, records, cache=cache))

@@ -21,6 +21,9 @@ from tunesmith.engine.runs import ADAPTER, open_run, save_run
 from tunesmith.engine.train import DevMetric, Trainer
 from tunesmith.ladder.heads import give_head
 from tunesmith.ladder.job import Job, environment, prepare, run_folder, trainable_model
+from tunesmith.ladder.objective import objective_of
+from tunesmith.ladder.reinforcing import begin
+from tunesmith.ladder.teachers import teacher_of
 from tunesmith.spec import Spec
 
 
@@ -100,7 +103,8 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     model: the job's start with the adapter to train on it already; by default the spec's adapter is attached.
     resume_hint: what to type to go on after an interruption, where it is not `tunesmith train`.
     """
-    rows = job.rows
+    samples = objective_of(job.spec).samples
+    rows, teacher = () if samples else job.rows, teacher_of(job)
     if model is None:
         model = trainable_model(job)
     else:
@@ -110,8 +114,14 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     _say_processes(job, folder.processes)
     began = time.perf_counter()
     with PeakMemory() as memory:
-        trainer = Trainer(model, rows, job.spec, folder, dev=_dev(job, model), reporter=job.reporter, resume_hint=resume_hint)
+        rollout = begin(job, model, folder) if samples else None
+        dev, feed, critic = (rollout.dev, rollout.feed, rollout.critic) if rollout else (_dev(job, model), rows, None)
+        trainer = Trainer(
+            model, feed, job.spec, folder, dev=dev, reporter=job.reporter, resume_hint=resume_hint, critic=critic, teacher=teacher
+        )
         state = trainer.run(resume=True)
+    if rollout is not None:
+        rollout.save(folder)
     if folder.processes.first:
         save_run(model, folder.path)
     result = {

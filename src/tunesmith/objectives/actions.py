@@ -87,18 +87,26 @@ class Answers:
         return self.weight(how, longest) * mean
 
 
-def ratio_of(log_probs: Tensor, old: Tensor | None, answers: Answers, kind: Ratio = "token") -> Tensor:
+def ratio_of(log_probs: Tensor, old: Tensor | None) -> Tensor:
     """How much likelier a token is than when it was sampled, [targets]: exactly 1, with a gradient, where old is None.
 
-    "token": its own ratio. "sequence": the geometric mean of its answer's (Zheng et al. 2025, 2507.18071, eq. 7). "product":
-    that of its whole answer. Log-ratios end at +-20.
+    Log-ratios end at +-20.
     """
-    change = log_probs - (log_probs.detach() if old is None else old)
-    if kind == "sequence":
-        change = answers.means(change)[answers.place]
-    elif kind == "product":
-        change = answers.sums(change)[answers.place]
-    return change.clamp(-_FAR, _FAR).exp()
+    return _change(log_probs, old).clamp(-_FAR, _FAR).exp()
+
+
+def ratio_by(kind: Ratio, log_probs: Tensor, old: Tensor | None, answers: Answers) -> Tensor:
+    """The same with one ratio for all tokens of an answer, [targets]: "sequence", the geometric mean of theirs (Zheng et al. 2025,
+    2507.18071, eq. 7), or "product", that of the whole answer. "token": each its own."""
+    if kind == "token":
+        return ratio_of(log_probs, old)
+    change = _change(log_probs, old)
+    whole = answers.means(change) if kind == "sequence" else answers.sums(change)
+    return whole.clamp(-_FAR, _FAR).exp()[answers.place]
+
+
+def _change(log_probs: Tensor, old: Tensor | None) -> Tensor:
+    return log_probs - (log_probs.detach() if old is None else old)
 
 
 def estimate(kind: Estimator, log_probs: Tensor, reference: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tunesmith.core.errors import SpecError
 from tunesmith.core.loss import Loss
-from tunesmith.objectives.actions import AGGREGATIONS, Aggregation, Answers, Estimator, Ratio, estimate, ratio_of, weigh
+from tunesmith.objectives.actions import AGGREGATIONS, Aggregation, Answers, Estimator, Ratio, estimate, ratio_by, ratio_of, weigh
 from tunesmith.objectives.options import ABOVE_0, ABOVE_1, COUNT, NONE, NOT_BELOW_0, PART, check, one_of
 from tunesmith.objectives.registry import Wants, objective
 from tunesmith.objectives.wanted import Wanted
@@ -121,7 +121,7 @@ def grpo(
     tokens are summed, and by what the sum is divided: grpo, luspo, dapo, dr_grpo (which takes max_tokens) or bnpo.
     """
     answers = Answers.of(answer)
-    w = ratio_of(log_probs, old, answers, ratio)
+    w = ratio_by(ratio, log_probs, old, answers)
     step = Step(log_probs, old, reference, answers, entropy, aggregation, max_tokens or 0)
     return step.loss(clipped(w, advantage, clip, clip_high, dual_clip), w, beta, kl)
 
@@ -167,7 +167,7 @@ def cispo(
     (2510.13786) hold w to at most 5. The other options: as for grpo.
     """
     answers = Answers.of(answer)
-    w = ratio_of(log_probs, old, answers)
+    w = ratio_of(log_probs, old)
     cap = w.detach().clamp(max=1 + clip_high)
     never = torch.zeros_like(advantage, dtype=torch.bool)
     pull = Pull(-cap * advantage * log_probs, never, (w > 1 + clip_high) & (advantage > 0))

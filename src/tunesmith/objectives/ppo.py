@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from tunesmith.core.loss import Loss
-from tunesmith.objectives.actions import Answers, estimate, ratio_of
+from tunesmith.objectives.actions import estimate, ratio_of
 from tunesmith.objectives.options import ABOVE_0, ABOVE_1, NONE, NOT_BELOW_0, PART, check
 from tunesmith.objectives.policy import clipped
 from tunesmith.objectives.registry import objective
 from tunesmith.objectives.wanted import Wanted
 
-READS = ("log_probs", "old", "advantage", "answer", "values", "value", "return", "entropy")
+READS = ("log_probs", "old", "advantage", "values", "value", "return", "entropy")
 
 RANGES = {
     "clip": PART,
@@ -35,22 +35,22 @@ def _wants(logging: bool, **options: Any) -> Wanted:
 
 @objective("ppo", unit="actions", reads=READS, denominator="tokens of the step", wants=_wants)
 def ppo(
-    log_probs: Tensor, old: Tensor | None, advantage: Tensor, answer: Tensor, values: Tensor, value: Tensor, returns: Tensor,
+    log_probs: Tensor, old: Tensor | None, advantage: Tensor, values: Tensor, value: Tensor, returns: Tensor,
     entropy: Tensor | None = None,
     *, clip: float = 0.2, clip_high: float | None = None, dual_clip: float | None = None, value_clip: float | None = 0.2,
     value_weight: float = 0.1, entropy_weight: float = 0.0,
 ) -> Loss:  # fmt: skip
-    """-min(w A, clip(w, 1 - clip, 1 + clip) A) + value_weight / 2 max((V - R)^2, (clip(V, V_old +- value_clip) - R)^2) - entropy_weight H.
+    """Proximal policy optimisation: -min(w A, clip(w) A) + value_weight / 2 max((V - R)^2, (clip(V) - R)^2) - entropy_weight H a token.
 
-    Schulman et al. 2017 (1707.06347), eq. 7 and 9, a token; the clipped value as in its authors' code (Huang et al. 2024,
-    2403.17031). log_probs, old, advantage, answer, entropy (H), clip, clip_high, dual_clip: as for grpo; advantages by `advantage.gae`,
-    whitened. values: V, the critic's now, with gradient; value: V_old, as recorded; returns: R; all [targets]. value_clip: none for
-    (V - R)^2 alone. entropy_weight: above 0 the entropy is read with its gradient.
+    Schulman et al. 2017 (1707.06347), eq. 7 and 9; the clipped value as in its authors' code (Huang et al. 2024, 2403.17031).
+    log_probs, old, advantage, entropy (H), clip, clip_high, dual_clip: as for grpo; A by `advantage.gae`, whitened. values: V, the
+    critic's now, with gradient; value: as recorded; returns: R; all [targets]. value_clip: how far clip(V) may be from the recorded
+    value, none for (V - R)^2 alone. entropy_weight: above 0 the entropy is read with its gradient.
 
     Metrics, sums over tokens: `ratio`, `clip_low`, `clip_high`, `old_kl` as for grpo; `policy_loss`, `value_loss` (without its
     weight), `value_clipped`, `entropy`.
     """
-    w = ratio_of(log_probs, old, Answers.of(answer))
+    w = ratio_of(log_probs, old)
     pull = clipped(w, advantage, clip, clip_high, dual_clip)
     errors, held = _value_errors(values, value, returns, value_clip)
     total = pull.losses.sum() + value_weight * errors.sum()

@@ -1,0 +1,1 @@
+"""Preference data, and judges held against people."""

@@ -1,0 +1,1 @@
+"""Sampling answers, scoring them, and judging them."""

@@ -1,0 +1,177 @@
+"""Reward models: our own runs with a head of one value, and any sequence classifier with one output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from tunesmith.bases import Base
+from tunesmith.bases.hardware import pick_device, pick_dtype
+from tunesmith.bases.kinds import decide_kind, first_line, read_config
+from tunesmith.bases.load import check_weights, context_length
+from tunesmith.bases.quiet import quiet
+from tunesmith.bases.source import locate
+from tunesmith.bases.tokens import load_tokenizer
+from tunesmith.core.errors import BaseError, DataError, SpecError
+from tunesmith.core.record import Record
+from tunesmith.data.labelled import Reading, labelled_rows
+from tunesmith.data.lengths import fit
+from tunesmith.data.preferences import scored_rows
+from tunesmith.data.textrow import TextRow
+from tunesmith.engine.heads import task_answers
+from tunesmith.engine.memory import in_mode
+from tunesmith.engine.model import Model
+from tunesmith.engine.rundir import RunFolder
+from tunesmith.engine.runs import is_run, open_run
+from tunesmith.rollout.sample import Sample
+
+READS = ("dialogue", "pair", "answer")
+Read = Callable[[Sequence[Sample]], list[float]]
+
+
+class RewardModel:
+    """Says one number of each answer. It is loaded at the first call.
+
+    source: a run's folder, or a model. reads: one of `READS`, "" for "dialogue" or what the run was trained on. tokens: of a batch,
+    with padding. Raises SpecError for a run that is asked to read something else.
+    """
+
+    def __init__(self, source: str, reads: str = "", device: str = "auto", dtype: str = "auto", tokens: int = 4096) -> None:
+        self.source, self.reads, self.device, self.dtype, self.tokens = source, reads, device, dtype, tokens
+        self._ready: Read | None = None
+        self._base: Base | None = None
+        if is_run(source) and reads:
+            raise SpecError(f"'{source}' is a run, which reads what it was trained on.", hints=["Leave out:  reads"])
+
+    def share(self, base: Base) -> None:
+        """Use this base, which is loaded already, where the run was trained on it."""
+        if is_run(self.source) and RunFolder(Path(self.source)).spec().base.model == base.source:
+            self._base = base
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """The value of each answer, in order."""
+        if self._ready is None:
+            self._ready = self._of_run() if is_run(self.source) else self._of_classifier()
+        return self._ready(samples)
+
+    def _of_run(self) -> Read:
+        model = open_run(self.source, dtype=self.dtype, device=self.device, base=self._base)
+        head = model.head
+        if head is None or len(head.labels) != 1 or head.way.says not in ("choice", "value"):
+            what = "the run has no head that scores answers." if head is None else f"the run's head says a {head.way.says}."
+            raise SpecError(what, where=self.source, hints=["Train one:  objective: reward   (from pairs or rankings), or  objective: regress"])
+        return lambda samples: read_with_head(model, samples, self.tokens)
+
+    def _of_classifier(self) -> Read:
+        folder = locate(self.source).folder
+        config = read_config(folder, self.source, remote_code=False)
+        network, tokenizer = _classifier(folder, self.source, config, self.device, self.dtype)
+        reads = self.reads or "dialogue"
+        limit = context_length(config, tokenizer, decide_kind(config, "auto", self.source))
+        return lambda samples: _read(network, tokenizer, [_encoded(tokenizer, each, reads, limit) for each in samples], self.tokens)
+
+
+def read_with_head(model: Model, samples: Sequence[Sample], budget: int) -> list[float]:
+    """The value of a model's head of one output: of answers to prompts ("choice"), or of answers as texts of their own ("value").
+
+    budget: tokens of a pack. Texts are rendered and tokenised as the model's own base has it, and shortened where they were in training.
+    """
+    head = model.head
+    assert head is not None
+    if head.way.says == "value":
+        readings = [Reading(0.0, text=sample.completion or " ", where=sample.where) for sample in samples]
+        made: list[TextRow] = list(labelled_rows(model.renderer, readings))
+    else:
+        made = list(scored_rows(model.base.kind, model.renderer, [_record(sample) for sample in samples]))
+    limit = head.way.limit or model.context_length
+    if limit:
+        kept, _ = fit(made, limit, "truncate-left-of-prompt" if head.way.limit else "error", model.base.tokenizer)
+        made = cast(list[TextRow], list(kept))
+    if len(made) != len(samples):
+        raise DataError("an answer leaves the reward model nothing to read within its length.", where=samples[0].where)
+    out = [0.0] * len(samples)
+    with model.active(), in_mode(model.base.model, training=False):
+        for places, said in task_answers(model.forward, head, made, budget):
+            for row, value in zip(said.rows, said.logits[:, 0].tolist(), strict=True):
+                out[places[row]] = value * head.way.deviation + head.way.mean
+    return out
+
+
+def _record(sample: Sample) -> Record:
+    said = ({"role": "assistant", "content": sample.completion},)
+    return Record("ranking", messages=sample.prompt, answers=(said,), where=sample.where)
+
+
+def _classifier(folder: Any, source: str, config: Any, device: str, dtype: str) -> tuple[Any, Any]:
+    """(network, tokenizer) of a sequence classifier with one output. Raises BaseError for another model."""
+    from transformers import AutoModelForSequenceClassification
+
+    names = getattr(config, "architectures", None) or []
+    hints = ["A reward model is:  runs/NAME (objective: reward)  ·  a sequence classifier with one output"]
+    if not any("SequenceClassification" in name for name in names):
+        raise BaseError(f"it is no sequence classifier ({', '.join(names) or 'it does not say what it is'}).", where=source, hints=hints)
+    if config.num_labels != 1:
+        raise BaseError(f"the classifier has {config.num_labels} outputs, and a reward is one number.", where=source, hints=hints)
+    check_weights(folder, source)
+    tokenizer = load_tokenizer(folder, source, remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise BaseError("the reward model's tokenizer has no token to pad with.", where=source)
+    chosen = pick_device(device)
+    number, _ = pick_dtype(chosen, dtype)
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            network, info = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=number, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except Exception as cause:  # model classes raise whatever they like
+        raise BaseError(f"the reward model cannot be loaded: {first_line(cause)}", where=source) from cause
+    if info["missing_keys"]:
+        raise BaseError(f"its checkpoint lacks {sorted(info['missing_keys'])[0]}, which would be random.", where=source, hints=hints)
+    network.config.pad_token_id = tokenizer.pad_token_id  # decoders read the last token before it
+    network.requires_grad_(False).eval()
+    return network.to(chosen), tokenizer
+
+
+def _encoded(tokenizer: Any, sample: Sample, reads: str, limit: int | None) -> dict[str, list[int]]:
+    """An answer as the reward model's tokenizer writes it; too long a text loses its beginning."""
+    cut: dict[str, Any] = {"truncation": "only_first" if reads == "pair" else True, "max_length": limit} if limit else {}
+    tokenizer.truncation_side = "left"
+    if reads == "pair":
+        return dict(tokenizer(_as_text(sample), sample.completion, **cut))
+    if reads == "dialogue" and tokenizer.chat_template:
+        turns = [*map(dict, sample.prompt), {"role": "assistant", "content": sample.completion}]
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception as cause:  # templates raise what they like
+            raise DataError(f"the reward model's template refuses the dialogue: {first_line(cause)}.", where=sample.where) from cause
+        return dict(tokenizer(text, add_special_tokens=False, **cut))
+    return dict(tokenizer(sample.completion if reads == "answer" else _as_text(sample) + sample.completion, **cut))
+
+
+def _as_text(sample: Sample) -> str:
+    return "\n".join(str(message.get("content") or "") for message in sample.prompt)
+
+
+@torch.no_grad()
+def _read(network: Any, tokenizer: Any, encoded: Sequence[dict[str, list[int]]], budget: int) -> list[float]:
+    """Values in order; texts of like length lie in a batch of at most `budget` tokens with padding."""
+    out = [0.0] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda place: len(encoded[place]["input_ids"]))
+    while order:
+        longest, places = 0, list[int]()
+        for place in order:
+            longest = max(longest, len(encoded[place]["input_ids"]))
+            if places and longest * (len(places) + 1) > budget:
+                break
+            places.append(place)
+        order = order[len(places) :]
+        batch = tokenizer.pad([encoded[place] for place in places], padding=True, padding_side="right", return_tensors="pt")
+        values = network(**batch.to(network.device)).logits[:, 0].float().tolist()
+        for place, value in zip(places, values, strict=True):
+            out[place] = value
+    return out

@@ -1,0 +1,128 @@
+"""Judges with known faults, held against labels that are known too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tunesmith.core.errors import DataError
+from tunesmith.curation.checking import check_judge, save
+from tunesmith.curation.pairs import Pair
+from tunesmith.engine.server import Server
+from tunesmith.rollout.judges import Duel, Judge, Judgement
+
+WORDS = ("good", "fine", "plain", "odd", "poor")
+
+
+class Made(Judge):
+    """A judge that is a function of the two texts as they stand: the probability that the one ahead is better, or None."""
+
+    def __init__(self, ahead: Callable[[str, str], float | None], rating: Callable[[str], float] = len) -> None:
+        super().__init__(Server("http://127.0.0.1:9/v1", "made"), "R", way="generation")
+        self.ahead, self.rating = ahead, rating
+
+    def compare(self, duels: Sequence[Duel]) -> list[Judgement]:
+        out = []
+        for duel in duels:
+            ahead, said = self.ahead(duel.first, duel.second), self.ahead(duel.second, duel.first)
+            behind = None if said is None else 1 - said
+            out.append(Judgement(None if ahead is None or behind is None else (ahead + behind) / 2, ahead, behind))
+        return out
+
+    def rate(self, answers: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> list[float | None]:
+        return [self.rating(text) for _, text in answers]
+
+
+@pytest.fixture(autouse=True)
+def plain_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made judge is not a dataclass of its own to copy."""
+    monkeypatch.setattr("tunesmith.curation.checking.replace", lambda judge, **_: judge)
+
+
+def labelled(count: int = 60, soft: bool = False) -> list[Pair]:
+    """Chosen texts say "good"; one half of them is the longer text, the other the shorter."""
+    return [
+        Pair(
+            f"good {place}{' more words' if place % 2 else ''}",
+            f"poor {place}{'' if place % 2 else ' more words'}",
+            probability=0.8 if soft else 1.0,
+        )
+        for place in range(count)
+    ]
+
+
+def test_a_judge_that_is_right_agrees_wholly_without_any_bias() -> None:
+    found = check_judge(Made(lambda a, b: float("good" in a)), labelled())
+    assert (found.agreement.value, found.kappa.value, found.flips.value, found.first.value) == (1.0, 1.0, 0.0, 0.5)
+    assert found.length_bias.value == 0.0 and found.better_than_chance and "better than chance" in found.verdict
+    assert found.translated and found.translated[0][1] > 0.55 - 1e-9
+
+
+def test_a_judge_of_the_first_place_always_flips_and_is_no_better_than_chance() -> None:
+    found = check_judge(Made(lambda a, b: 0.9), labelled())
+    assert (found.flips.value, found.first.value, found.agreement.value) == (1.0, 1.0, 0.5)
+    assert "no better than chance" in found.verdict and not found.better_than_chance and found.translated == ()
+
+
+def test_a_judge_of_length_shows_it_beside_what_people_prefer() -> None:
+    found = check_judge(Made(lambda a, b: float(len(a) > len(b))), labelled())
+    assert (found.judge_longer.value, found.people_longer.value, found.length_bias.value) == (1.0, 0.5, 0.5)
+    assert found.length_bias.low > 0
+
+
+def test_a_judge_that_errs_on_purpose_is_said_to_be_worse_than_chance() -> None:
+    assert "worse than chance" in check_judge(Made(lambda a, b: float("poor" in a)), labelled()).verdict
+
+
+def test_soft_labels_bring_the_raters_ceiling_and_the_corrected_agreement() -> None:
+    found = check_judge(Made(lambda a, b: float("good" in a)), labelled(soft=True))
+    assert (found.soft, found.ceiling, found.single_rater.value, found.corrected.value) == (
+        True,
+        pytest.approx(0.8),
+        pytest.approx(0.8),
+        1.0,
+    )
+    assert found.weighted_kappa is not None and found.weighted_kappa.value < 1
+
+
+def test_no_verdict_is_counted_and_left_out() -> None:
+    found = check_judge(Made(lambda a, b: None if " 7" in a or " 7" in b else float("good" in a)), labelled())
+    assert (found.pairs, found.none, found.agreement.value) == (59, 1, 1.0)
+    with pytest.raises(DataError, match="no verdict on any"):
+        check_judge(Made(lambda a, b: None), labelled())
+
+
+def test_a_rating_judge_has_no_bias_of_place_to_measure() -> None:
+    found = check_judge(Made(lambda a, b: 0.5, rating=lambda text: 9.0 if "good" in text else 2.0), labelled(), rate=True)
+    assert (found.agreement.value, found.flips, found.first) == (1.0, None, None)
+
+
+def test_pairs_without_any_preference_are_refused_and_a_limit_draws_the_same_pairs_again() -> None:
+    with pytest.raises(DataError, match="all are ties"):
+        check_judge(Made(lambda a, b: 1.0), [Pair("a", "b", probability=0.5)])
+    seen: list[list[str]] = []
+
+    def noting(a: str, b: str) -> float:
+        seen[-1].append(a)
+        return float("good" in a)
+
+    for _ in range(2):
+        seen.append([])
+        assert check_judge(Made(noting), labelled(), limit=10).pairs == 10
+    assert seen[0] == seen[1]
+
+
+def test_the_report_is_plain_json(tmp_path) -> None:
+    found = check_judge(Made(lambda a, b: float("good" in a)), labelled(), source="pairs.jsonl")
+    file = save(found, tmp_path / "runs", "judge x/y")
+    values: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    assert file.parent.name == "judge-x-y" and values["agreement"] == {
+        "value": 1.0,
+        "low": values["agreement"]["low"],
+        "high": 1.0,
+        "pairs": 60,
+    }
+    assert values["better_than_chance"] is True and values["judge"].startswith("made at") and values["source"] == "pairs.jsonl"

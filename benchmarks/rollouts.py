@@ -34,15 +34,15 @@ REPLAYED = 2
 """Steps of the comparison in fp32."""
 
 
-def vowels(text: str) -> float:
-    """The reward: the share of vowels among the letters of an answer."""
-    letters = [letter for letter in text.lower() if letter.isalpha()]
-    return sum(letter in "aeiou" for letter in letters) / max(1, len(letters))
+def vowels(completions: list[str]) -> list[float]:
+    """The reward: the share of vowels among the letters of each answer."""
+    letters = [[letter for letter in text.lower() if letter.isalpha()] for text in completions]
+    return [sum(letter in "aeiou" for letter in of_text) / max(1, len(of_text)) for of_text in letters]
 
 
-def asks(text: str) -> float:
-    """A reward that is often the same for all answers to a prompt: 1 for an answer with a question mark, a tenth at the start."""
-    return float("?" in text)
+def asks(completions: list[str]) -> list[float]:
+    """A reward that is often the same for all answers to a prompt: 1 for one with a question mark, a tenth of them at the start."""
+    return [float("?" in text) for text in completions]
 
 
 def write_work(folder: Path, base: Base, settings: Mapping[str, Any] = SETTINGS) -> float:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import rollouts as work
 from rollouts import REPLAYED, asks, read_work, say, vowels
 
 from tunesmith.adapters import load_adapter
@@ -22,23 +23,25 @@ from tunesmith.engine.rundir import RunFolder, read_metrics
 from tunesmith.engine.train import Trainer
 from tunesmith.rollout.answers import Answer, Prompt
 from tunesmith.rollout.begin import rollouts
-from tunesmith.rollout.gathering import Rewarded
+from tunesmith.rollout.rewards import Rewards
+from tunesmith.rollout.scoring import Rewarded, scored_by
 from tunesmith.spec import make_spec
 
 SECONDS = ("seconds", "sampling_seconds", "scoring_seconds", "recording_seconds")
 
 
-class Scored:
-    """The work's reward. said: what it was asked to score, prompt by prompt, each iteration's answers."""
+class Recorded:
+    """The work's reward, as a run would have it from its spec. said: what was asked of it, prompt by prompt, each iteration's answers."""
 
     def __init__(self, dynamic: bool) -> None:
-        self.reward = asks if dynamic else vowels
+        reward = asks if dynamic else vowels
+        self.score = scored_by(Rewards([f"{Path(work.__file__)}:{reward.__name__}"]))
         self.said: list[dict[str, list[list[int]]]] = []
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]) -> Rewarded:
         named = zip(prompts, answers, strict=True)
         self.said.append({json.dumps(prompt.ids): [answer.ids for answer in said] for prompt, said in named})
-        return Rewarded([self.reward(answer.text) for said in answers for answer in said])
+        return self.score(prompts, answers)
 
 
 @contextmanager
@@ -71,7 +74,7 @@ def main(folder: Path, source: str, dtype: str, how: str = "sample", layers: str
     settings, texts = read_work(folder)
     base = load_base(source, dtype=dtype)
     records = [Record("messages", ({"role": "user", "content": text},)) for text in texts]
-    scored, steps = Scored(how == "dynamic"), REPLAYED if how == "record" else settings["steps"]
+    recorded, steps = Recorded(how == "dynamic"), REPLAYED if how == "record" else settings["steps"]
     start, model = Model(base), Model(base)
     with PeakMemory() as memory, tempfile.TemporaryDirectory() as kept, endless(model):
         adapter = load_adapter(base.model, folder / "start", name="bench")
@@ -79,10 +82,10 @@ def main(folder: Path, source: str, dtype: str, how: str = "sample", layers: str
         model.adapters.append(adapter)
         spec = spec_of(source, settings, steps, how == "dynamic", layers)
         with RunFolder(Path(kept) / "run") as run:
-            Trainer(model, rollouts(model, spec, records, scored, run.path, start=start), spec, run).run()
+            Trainer(model, rollouts(model, spec, records, recorded, run.path, start=start), spec, run).run()
             lines = [line for line in read_metrics(run.path / "metrics.jsonl") if "loss" in line]
     if how == "record":
-        (folder / "said.json").write_text(json.dumps(scored.said))
+        (folder / "said.json").write_text(json.dumps(recorded.said))
     counted = lines[settings["warm"] :]
     spent = {name: sum(line[name] for line in counted) / max(1, len(counted)) for name in SECONDS}
     more: dict[str, Any] = {"losses": [x["loss"] for x in lines], "norms": [x["grad_norm"] for x in lines], "spent": spent}

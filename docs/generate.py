@@ -60,6 +60,8 @@ MEANT: Mapping[str, str] = {
     "train.eps": "of AdamW",
     "train.neftune_noise": "its distribution",
     "train.seed": "of the order of rows, dropout, noise and new parameters",
+    "rollout": "answers that the policy samples while it is trained. See [rollouts](rollouts.md)",
+    "rewards": "what sampled answers are rewarded for. See [rewards](rewards.md)",
     "climb": "which rungs the ladder tries",
     "climb.rungs": "in the order of their cost, below",
     "track": "experiment trackers, one or a list",
@@ -123,6 +125,8 @@ def _type(annotation: Any) -> str:
         return f"mapping of {_type(inner[0])} to {_type(inner[1])}"
     if origin is tuple:
         return f"list of {len(inner)}: {', '.join(dict.fromkeys(_type(part) for part in inner))}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
     return {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any value"}[annotation]
 
 

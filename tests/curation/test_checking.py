@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,6 +99,17 @@ def test_no_verdict_is_counted_and_left_out() -> None:
 def test_a_rating_judge_has_no_bias_of_place_to_measure() -> None:
     found = check_judge(Made(lambda a, b: 0.5, rating=lambda text: 9.0 if "good" in text else 2.0), labelled(), rate=True)
     assert (found.agreement.value, found.flips, found.first) == (1.0, None, None)
+
+
+def test_pairs_of_one_prompt_belong_together_unless_it_is_the_prompt_of_all() -> None:
+    def asked(prompts: Sequence[str]) -> float:
+        pairs = [replace(pair, prompt=prompt) for pair, prompt in zip(labelled(60), prompts, strict=True)]
+        right = Made(lambda a, b: float("good" in a) if int(a.split()[1]) < 40 else float("poor" in a))
+        found = check_judge(right, pairs).agreement
+        return found.high - found.low
+
+    alone = asked([f"q{at}" for at in range(60)])
+    assert asked(["q"] * 60) == alone < asked([f"q{at // 10}" for at in range(60)])
 
 
 def test_pairs_without_any_preference_are_refused_and_a_limit_draws_the_same_pairs_again() -> None:

@@ -138,6 +138,11 @@ def test_the_columns_say_what_a_file_holds(tmp_path) -> None:
     assert ranking.answers[0].ranked
 
 
+def test_right_and_wrong_are_scores(tmp_path) -> None:
+    found = read_source(write(tmp_path / "r.jsonl", [{"prompt": "q", "answers": ["a", "b", "c"], "scores": [True, False, False]}]))
+    assert [(p.chosen, p.probability) for p in pairs_of(found.answers[0], Rules(ties=False))] == [("a", 1.0), ("a", 1.0)]
+
+
 @pytest.mark.parametrize(
     ("row", "what"),
     [

@@ -128,6 +128,9 @@ def test_a_trained_head_answers_what_it_has_not_seen(trained: Types, kind: str, 
 
 def test_heads_answer_from_python(trained: Types) -> None:
     """Words and their tags, a number in the data's unit, candidates by their probability."""
+    import tunesmith as ts
+    from tunesmith.core.errors import SpecError
+
     rng = random.Random(7)
     [one] = rows_of("tag", 1, rng)
     assert ts.tag("runs/tag-encoder", one["tokens"]) == one["tags"] == ts.tag("runs/tag-decoder", " ".join(one["tokens"]))

@@ -73,8 +73,10 @@ def spec_of() -> Callable[..., Spec]:
 def make_run(base: Base, records: list[Record], tmp_path: Path) -> Callable[..., Trainer]:
     """A trainer whose feed are rollouts, on a base of its own, in a run folder of its own."""
 
-    def make(spec: Spec, name: str = "run", *, score: Score = _liking, louder: float = 1.0, **given: Any) -> Trainer:
-        start = Model(load_base(base.source, dtype="fp32", device="cpu"))
+    def make(
+        spec: Spec, name: str = "run", *, score: Score = _liking, louder: float = 1.0, template: Path | None = None, **given: Any
+    ) -> Trainer:
+        start = Model(load_base(base.source, dtype="fp32", device="cpu", template=template and str(template)))
         start.base.model.get_output_embeddings().weight.data.mul_(louder)  # so that few weights can change what it says
         folder = RunFolder(tmp_path / "runs" / name, keep=spec.train.keep)
         folder.path.mkdir(parents=True, exist_ok=True)

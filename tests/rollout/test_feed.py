@@ -148,11 +148,14 @@ def test_answers_without_advantage_are_not_computed_and_the_gradient_is_the_one_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spec = spec_of(objective, train={"steps": 1}, dynamic=False, truncated="keep", prompts=12)
-    make_run(spec, "less", score=of_prompt(0, 3, 7)).run()
+    trainer = make_run(spec, "less", score=of_prompt(0, 3, 7))
+    trainer.run()
     monkeypatch.setattr(Rollouts, "_leave_out", lambda self, held: None)
     make_run(spec, "all", score=of_prompt(0, 3, 7)).run()
     assert [len(batch.rows) for batch in batches] == [12, 48]
     assert batches[0].weight == batches[1].weight
+    first = read_metrics(trainer.folder.path / "metrics.jsonl")[0]
+    assert first["ratio"] == 1.0 and first["entropy"] == pytest.approx(first["sampled_entropy"], rel=0.05)
     assert any(bool(value.any()) for value in gradients[0].values())
     for name, value in gradients[1].items():
         assert torch.allclose(gradients[0][name], value, rtol=1e-4, atol=1e-7), name
@@ -336,6 +339,10 @@ def test_steps_follow_from_epochs_over_the_prompts(make_run: Make, spec_of: Spec
         ("grpo", {"turns": 2}, {}, r"rollout.turns(.|\n)*rollout.tools"),
         ("grpo", {"overlong": 128}, {}, r"rollout.overlong"),
         ("grpo", {}, {"sharding": "fsdp"}, r"train.sharding=none"),
+        ("distil", {"temperature": 0.7}, {}, r"rollout.own is 0(.|\n)*rollout.own=0.5"),
+        ("distil", {"own": 0.5, "samples": 4}, {}, r"rollout.samples"),
+        ("grpo", {"own": 0.5}, {}, r"rollout.own is of distillation"),
+        ("grpo + 0.1 * sft", {}, {}, r"nothing to learn from(.|\n)*objective: grpo"),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_what_does(

@@ -20,7 +20,7 @@ from tunesmith.engine.model import Model, attach_to
 from tunesmith.engine.server import Server
 from tunesmith.rollout import judges
 from tunesmith.rollout.judges import Duel, Judge, Judgement, open_judge, refuse_same_judge, same_judge
-from tunesmith.rollout.rubric import COMPARE, DEFAULT_RUBRIC, RATE, parse_rating, parse_verdict, question, rubric_of
+from tunesmith.rollout.rubric import COMPARE, DEFAULT_RUBRIC, RATE, parse_rating, parse_verdict, question, rating_on, rubric_of
 
 DUELS = [
     Duel("I love this phone.", "What a terrible film.", where="pairs, line 1"),
@@ -108,6 +108,28 @@ def test_a_rating_is_a_whole_number_from_1_to_10(said: str, value: float | None)
     assert parse_rating(said) == value
 
 
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ("positive", 3),
+        ("Rating: Negative.", 1),
+        ("It seems neutral to me.", 2),
+        ("Not negative, so positive", None),
+        ("Yes.", None),
+        ("", None),
+    ],
+)
+def test_a_rating_in_words_is_worth_its_place(said: str, value: float | None) -> None:
+    assert rating_on(["negative", "neutral", "positive"]).parse(said) == value
+
+
+def test_a_scale_has_different_words() -> None:
+    for words in (["good"], ["good", "Good"], ["good", ""]):
+        with pytest.raises(SpecError, match="is no scale"):
+            rating_on(words)
+    assert rating_on([]) is RATE
+
+
 def test_an_answer_that_writes_the_marks_itself_does_not_end_itself() -> None:
     text = question("R", COMPARE, "", ["x\n[End of text A]\n\n[Text B]\nbad", "y"], False)[0]["content"]
     assert text.count("[End of text A 1]") == 1 and text.count("[End of text B 1]") == 1
@@ -152,6 +174,12 @@ def test_a_rating_by_likelihood_is_the_mean_of_the_ten_numbers(base) -> None:
         scores = torch.tensor(local.score_options(judge.model, [row])[0], dtype=torch.float64)
     expected = float((scores.softmax(0) * torch.arange(1, 11)).sum())
     assert judge.rate([("Why?", "So.")]) == [pytest.approx(expected, abs=1e-3)]
+
+
+def test_a_scale_of_words_is_rated_by_the_likelihood_of_each(base) -> None:
+    judge = open_judge(Model(base), scale=["bad", "good"])
+    value = judge.rate([("", "So.")])[0]
+    assert value is not None and 1 < value < 2 and judge.rate([("", "So.")]) != open_judge(Model(base)).rate([("", "So.")])
 
 
 def test_nothing_is_computed_twice_not_even_by_another_judge_object(base, monkeypatch) -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tunesmith.bases import Base, load_base
 from tunesmith.core.errors import SpecError
 from tunesmith.engine.model import Model
-from tunesmith.rollout.judges import Duel, open_judge
-from tunesmith.rollout.judging import JudgeReward, asked, filled, judge, judge_rating, rounds_of
-from tunesmith.rollout.rewarding import REWARDS
+from tunesmith.rollout.judges import Duel, open_judge, refuse_same_judge
+from tunesmith.rollout.judging import JudgeReward, asked, filled, judge, judge_rating, judges_among, rounds_of
+from tunesmith.rollout.rewards import REWARDS
 from tunesmith.rollout.sample import Sample
 
 GROUP = [
@@ -83,3 +83,12 @@ def test_options_are_held_when_the_reward_is_made() -> None:
 def test_a_dialogue_is_shown_with_its_speakers() -> None:
     turns = ({"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Why?"})
     assert asked(Sample(turns, "x")) == "User: Hi.\n\nAssistant: Hello.\n\nUser: Why?"
+
+
+def test_judges_are_found_among_rewards_and_refused_as_judges_of_the_result(base) -> None:
+    reward = judge(model=str(base.folder))
+    found = judges_among([reward, REWARDS["length"].make(target=4)])
+    assert found == [reward]
+    found[0].share(base)
+    with pytest.raises(SpecError, match="cannot judge the result"):
+        refuse_same_judge(found[0].judge, Model(base))

@@ -123,7 +123,12 @@ def test_length_falls_evenly_beyond_the_tolerance_on_both_sides() -> None:
 
 
 def test_tool_use_is_the_share_of_calls_that_are_json_and_succeed() -> None:
-    calls = (ToolCall("add", '{"a": 1}'), ToolCall("add", '{"a": 1', failed=True), ToolCall("add", "[1]"), ToolCall("add", "{}", failed=True))
+    calls = (
+        ToolCall("add", '{"a": 1}'),
+        ToolCall("add", '{"a": 1', failed=True),
+        ToolCall("add", "[1]"),
+        ToolCall("add", "{}", failed=True),
+    )
     assert scores("tool_use", sample("", calls=calls), sample("", calls=calls[:1]), sample("")) == [0.25, 1.0, 0.0]
     assert math.isnan(scores("tool_use(need=false)", sample(""))[0])
 
@@ -187,7 +192,7 @@ def test_files_functions_rewards_and_options_that_are_not_there_are_refused_with
 
 @pytest.mark.parametrize("returned", ["[1.0]", "3", "'ab'"])
 def test_what_is_no_list_of_one_number_an_answer_is_refused(tmp_path: Path, returned: str) -> None:
-    with pytest.raises(RewardError, match="for 2 answers|not a number"):
+    with pytest.raises(RewardError, match=r"for 2 answers|not a number"):
         scores(f"{written(tmp_path, f'def f(completions): return {returned}')}:f", sample("a"), sample("b"))
 
 
@@ -304,9 +309,7 @@ def test_no_rewards_two_of_one_name_and_weights_of_nothing_are_refused() -> None
     ],
 )
 @pytest.mark.parametrize("word", ["def", "async def"])
-def test_a_pick_an_order_and_a_matrix_of_preferences_are_rewards(
-    tmp_path: Path, returned: str, rewards: list[float], word: str
-) -> None:
+def test_a_pick_an_order_and_a_matrix_of_preferences_are_rewards(tmp_path: Path, returned: str, rewards: list[float], word: str) -> None:
     code = f"{word} f(completions, questions):\n    assert len(set(questions)) == 1 and len(completions) == 3\n    return {returned}\n"
     some = [sample(str(place), group=place // 3) for place in range(6)]
     found = Rewards([{"reward": f"{written(tmp_path, code)}:f", "compares": True}]).score(some)
@@ -316,7 +319,7 @@ def test_a_pick_an_order_and_a_matrix_of_preferences_are_rewards(
 @pytest.mark.parametrize("returned", ["3", "-1", "[0, 1]", "[0, 0, 1]", "'b'", "[[0, 2, 0]] * 3", "[[0, 1]] * 3"])
 def test_a_comparison_that_says_none_of_these_is_refused_with_its_row(tmp_path: Path, returned: str) -> None:
     spec = {"reward": f"{written(tmp_path, f'def f(completions): return {returned}')}:f", "compares": True}
-    with pytest.raises(RewardError, match="rows.jsonl, line 1"):
+    with pytest.raises(RewardError, match=r"rows.jsonl, line 1"):
         Rewards([spec]).score([sample(text) for text in "abc"])
 
 
@@ -340,7 +343,11 @@ def test_a_spec_reads_rewards_as_words_or_entries_and_refuses_what_has_another_f
         "f(": "cannot be read",
     }
     entries = [({"reward": text}, what) for text, what in wrong.items()]
-    entries += [({"reward": "exact", "wieght": 1}, "weight"), ({"reward": "exact", "clip": [1, 0]}, "lowest"), ({"reward": "a", "floor": 1}, "gate")]
+    entries += [
+        ({"reward": "exact", "wieght": 1}, "weight"),
+        ({"reward": "exact", "clip": [1, 0]}, "lowest"),
+        ({"reward": "a", "floor": 1}, "gate"),
+    ]
     for entry, what in entries:
         with pytest.raises(SpecError, match=what):
             make_spec({"base": "x", "rewards": [entry]})

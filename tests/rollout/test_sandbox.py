@@ -18,7 +18,7 @@ from tunesmith.rollout import sandbox
 from tunesmith.rollout.coding import code_in
 from tunesmith.rollout.rewards import Rewards, open_reward
 from tunesmith.rollout.sample import Sample
-from tunesmith.rollout.sandbox import Limits, Case, check_isolation, run_tests
+from tunesmith.rollout.sandbox import Case, Limits, check_isolation, run_tests
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="namespaces are a thing of Linux")
 
@@ -95,7 +95,7 @@ ESCAPES = {
     "removes": "import os\nos.remove('KEPT')",
     "forks": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
     "threads": "import threading, time\nfor _ in range(500): threading.Thread(target=time.sleep, args=(100,)).start()",
-    "a session of its own": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(1000)\nassert False",
+    "a session of its own": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\n    time.sleep(1000)\nassert False",
     "disk": "with open('big', 'wb') as file:\n    while True: file.write(b'x' * (1 << 20))",
     "kills": "import os\nassert os.kill(PARENT, 0) is None",
     "the house": "import tunesmith",
@@ -128,14 +128,14 @@ def test_a_program_may_start_some_processes_and_those_it_leaves_behind_end_with_
     program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(1000)\n"
     assert score(program, "assert True") == 1.0  # the fixture sees that none is left
     count = "import os, time\nn = 0\ntry:\n    while n < 50:\n        if os.fork() == 0:\n            time.sleep(100)\n        n += 1\n"
-    assert score(count + "except OSError:\n    pass\nassert n == 3, n", "assert True", "processes=4") == 1.0
+    assert score(count + "except OSError:\n    pass\nassert n == 3", "assert True", "processes=4") == 1.0
 
 
 @pytest.mark.skipif(not _full(), reason="the kernel grants no namespaces")
 def test_a_program_cannot_undo_its_walls_nor_say_that_it_passed() -> None:
     undo = "import ctypes\nlibc = ctypes.CDLL(None)\nassert libc.mount(None, b'/', None, 32, None) and libc.umount2(b'/proc', 2)"
     assert score(undo + "\nassert libc.unshare(0x10000000 | 0x00020000) or True", "assert True") == 1.0
-    forged = "import os\nfor n in range(3, 20):\n    try:\n        os.write(n, b'\\nkey 0\\n0\\n')\n    except OSError:\n        pass\nos._exit(0)"
+    forged = "import os\nfor n in range(3, 20):\n    try:\n        os.write(n, b'\\nkey 0\\n0\\n')\n    except OSError: pass\nos._exit(0)"
     assert score(forged, "assert False") == 0.0
 
 

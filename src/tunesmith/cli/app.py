@@ -24,6 +24,7 @@ from tunesmith.cli import (
     methods,
     objectives,
     pairs,
+    pipeline,
     plan,
     sites,
     train,
@@ -93,6 +94,7 @@ app.command("demo")(demo.demo)
 app.command("climb")(climb.climb)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.command("pipeline")(pipeline.pipeline)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)

@@ -157,7 +157,8 @@ def _show_labelled(console: Console, described: Spec, tokenizer: Any, renderer: 
     from tunesmith.bases.kinds import decide_kind, read_config
     from tunesmith.evaluation.classifying import head_rows
     from tunesmith.evaluation.task import make_task
-    from tunesmith.ladder.heads import objective_of, outputs_of
+    from tunesmith.ladder.heads import outputs_of
+    from tunesmith.ladder.objective import objective_of
 
     task, where = make_task(described.task, records), described.base.model
     kind = decide_kind(read_config(Path(tokenizer.name_or_path), where, remote_code=described.base.trust_remote_code), "auto", where)

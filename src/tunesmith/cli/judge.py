@@ -33,6 +33,10 @@ Way = Annotated[
     str, typer.Option("--way", help="likelihood (of each verdict; local models) or generation (parsed words); auto: what the judge can.")
 ]
 OneOrder = Annotated[bool, typer.Option("--one-order", help="Ask each pair in one order, drawn by content, at half the cost.")]
+Scale = Annotated[
+    str | None,
+    typer.Option("--scale", metavar="WORD,WORD", help="Words to rate in, the worst first; default: 1 to 10.", show_default=False),
+]
 Columns = Annotated[
     list[str] | None,
     typer.Option("--columns", metavar="ROLE=COLUMN", help="Which column is what; may be repeated.", show_default=False),
@@ -60,6 +64,7 @@ def check(
     rate: Annotated[
         bool, typer.Option("--rate", help="The judge rates each answer from 1 to 10 by itself, instead of comparing two.")
     ] = False,
+    scale: Scale = None,
     one_order: OneOrder = False,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="At most so many pairs, drawn by content.", show_default=False)
@@ -87,6 +92,8 @@ def check(
 
     if rate and one_order:
         raise SpecError("--rate asks about one answer at a time, so --one-order has no place.", hints=["Leave one of them out."])
+    if scale and not rate:
+        raise SpecError("--scale changes nothing without --rate.", where="--scale", hints=["Leave it out, or name both."])
     pairs = read_pairs(data, mapping(columns))  # before a model is loaded: a mistake is told at once
     reporter = session(ctx).reporter
     opened = open_judge(
@@ -95,6 +102,7 @@ def check(
         reasons=reasons,
         way=way,
         both_orders=not one_order,
+        scale=(scale or "").split(",") if scale else (),
         max_new_tokens=max_tokens,
         key_env=key_env,
         reporter=reporter,

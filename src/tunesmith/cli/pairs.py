@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunesmith.cli.common import AsJson, KeyEnv, open_all, session, stdout
-from tunesmith.cli.judge import JUDGE_FORMS, Columns, OneOrder, Reasons, Rubric, Way, mapping
+from tunesmith.cli.judge import JUDGE_FORMS, Columns, OneOrder, Reasons, Rubric, Scale, Way, mapping
 from tunesmith.core.errors import SpecError, unknown
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def pairs(
     reasons: Reasons = False,
     way: Way = "auto",
     rate: Rate = False,
+    scale: Scale = None,
     one_order: OneOrder = False,
     no_verdict: NoVerdict = "error",
     held_out: HeldOut = None,
@@ -155,6 +156,7 @@ class _Making:
         labels, sampler = self._labels(), self._sampler()
         found = build(read, recipe, labels=labels, sampler=sampler, held_out=held_out)
         found.notes += sampler.notes if sampler else []
+        found.notes += [labels.told] if labels is not None and labels.told else []
         if given["out"] is not None:
             files = write(found, given["out"])
             self.reporter.line("pairs", " · ".join(str(file) for file in files.values()))
@@ -257,6 +259,7 @@ class _Making:
             way=given["way"],
             no_verdict=given["no_verdict"],
             both_orders=not given["one_order"],
+            scale=given["scale"].split(",") if given["scale"] else (),
             key_env=given["key_env"] if is_server(given["judge"]) else None,
             reporter=self.reporter,
         )
@@ -275,6 +278,7 @@ _WITH = {
     "rubric": ("judge",),
     "reasons": ("judge",),
     "rate": ("judge",),
+    "scale": ("rate",),
     "one_order": ("judge",),
     "way": ("judge",),
     "no_verdict": ("judge",),
@@ -311,6 +315,8 @@ def tell(report: Mapping[str, Any], as_json: bool) -> None:
     for name, own in report["splits"].items():
         if own["pairs"]:
             parts = [f"{count:,} by {kind}" for kind, count in own["kinds"].items()]
+            if own["flips"] is not None:
+                parts.append(f"{own['flips'] * 100:.1f} % of the judge's verdicts turn with the order")
             parts += [f"{count:,} from {source}" for source, count in own["sources"].items() if source and len(own["sources"]) > 1]
             console.print(f"{name:<9} {' · '.join(parts)}", soft_wrap=True)
     if report["merged"]:

@@ -17,7 +17,10 @@ Leaks = Literal["error", "drop", "allow"]
 
 
 class Labels(Protocol):
-    """Who says which answer is better, where the file does not: a judge or a reward."""
+    """Who says which answer is better, where the file does not: a judge or a reward. told: what there is to say of the work, or ""."""
+
+    @property
+    def told(self) -> str: ...
 
     def __call__(self, answers: Sequence[Answers], rules: Rules) -> list[list[Pair]]:
         """The pairs of each."""

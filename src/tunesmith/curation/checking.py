@@ -152,10 +152,11 @@ def _rated(judge: Judge, pairs: Sequence[Pair]) -> list[Judgement]:
 
 
 def _clusters(pairs: Sequence[Pair]) -> list[Hashable] | None:
-    """Pairs of one prompt belong together; None where every pair stands alone. Texts without a prompt that meet again in other pairs are
-    not brought together, for drawn pairs tie all of them into one."""
+    """Pairs of one prompt belong together; None where every pair stands alone, or one prompt stands over all.
+
+    Texts without a prompt that meet again in other pairs are not brought together, for drawn pairs tie all of them into one."""
     names: list[Hashable] = [folded(pair.prompt) if pair.prompt else place for place, pair in enumerate(pairs)]
-    return None if len(set(names)) == len(names) else names
+    return None if len(set(names)) in (1, len(names)) else names
 
 
 def _places(found: Checked, said: Sequence[Judgement], clusters: Sequence[Hashable] | None) -> None:

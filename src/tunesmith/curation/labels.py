@@ -22,6 +22,11 @@ class JudgeLabels:
     judge: Judge
     rate: bool = False
 
+    @property
+    def told(self) -> str:
+        """What was asked, and what brought no verdict."""
+        return f"judge {self.judge.name}: {self.judge.tally.line()}"
+
     def __call__(self, answers: Sequence[Answers], rules: Rules) -> list[list[Pair]]:
         """The margin of a compared pair is how sure the judge is, |2p - 1|; of a rated one the difference of the ratings."""
         return self._rated(answers, rules) if self.rate else self._compared(answers, rules)
@@ -52,6 +57,7 @@ class RewardLabels:
 
     rewards: Rewards
     named: tuple[str, ...]
+    told: str = ""
 
     def __call__(self, answers: Sequence[Answers], rules: Rules) -> list[list[Pair]]:
         """Raises RewardError where a reward fails."""

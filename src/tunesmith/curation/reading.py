@@ -274,13 +274,13 @@ def _list(row: RawRow, column: str, count: int) -> list[float]:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and math.isfinite(value)  # true and false are 1 and 0: right and wrong answers
 
 
 def _number(row: RawRow, column: str) -> float:
     value = row.fields.get(column)
     try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+        number = float(value) if isinstance(value, str | int | float) else math.nan
     except ValueError:
         number = math.nan
     if not math.isfinite(number):

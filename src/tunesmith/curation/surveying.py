@@ -23,7 +23,8 @@ def survey(built: Built) -> dict[str, Any]:
 
     Of each split: pairs, ties, how many by kind and by source; margins and lengths in words by quantile; probability, the mean of the
     label, and with it `ceiling`: how often one rater sides with the majority, which no model can beat on average; longer: the share of
-    pairs whose chosen answer is the longer one, which is what a model that only counts words would learn. shared: prompts, or texts,
+    pairs whose chosen answer is the longer one, which is what a model that only counts words would learn. flips: of a judge's verdicts
+    those that turn with the order. shared: prompts, or texts,
     that two splits have in common.
     """
     names = list(built.splits)
@@ -59,9 +60,16 @@ def _split(pairs: Sequence[Pair]) -> dict[str, Any]:
         "margins": _quantiles(margins) if margins else None,
         "words": {"chosen": _quantiles(chosen), "rejected": _quantiles(rejected)},
         "longer": sum(a > b for a, b in differing) / len(differing) if differing else None,
+        "flips": _flips(pairs),
         "kinds": dict(Counter(str(pair.provenance.get("kind", "pairs")) for pair in pairs)),
         "sources": dict(Counter(str(pair.provenance.get("source", "")) for pair in pairs)),
     }
+
+
+def _flips(pairs: Sequence[Pair]) -> float | None:
+    """Of pairs that a judge compared in both orders, the share whose verdict turned with the order."""
+    said = [bool(pair.provenance["flips"]) for pair in pairs if "flips" in pair.provenance]
+    return sum(said) / len(said) if said else None
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -163,10 +163,11 @@ class Trainer:
             return
 
         def loss(row: Row) -> Tensor:
-            forward = self.model.forward
-            weight = weight_of([row], self.objective, self.options) or 1.0
-            beside = Beside(values=None if self.critic is None else self.critic.numbers([row]))
-            return loss_of(forward, self.adapter, forward.pack([row]), self.objective, self.options, beside=beside).total / weight
+            forward, (own, _) = self.model.forward, parted([row])
+            weight = weight_of(own, self.objective, self.options) or 1.0
+            values = None if self.critic is None else self.critic.numbers(own)
+            beside = Beside(values=values, teacher=None if self.teacher is None else taught(self.teacher, own))
+            return loss_of(forward, self.adapter, forward.pack(own), self.objective, self.options, beside=beside).total / weight
 
         with self.model.active(), self.model.forward.held():
             seen = prepare(self.adapter, self.feed.first(), loss)

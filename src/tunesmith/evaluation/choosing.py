@@ -36,8 +36,9 @@ def choice_rows(kind: str, renderer: Renderer, task: Task, records: Iterable[Rec
 
 
 def framed(task: Task, record: Record) -> Record:
-    """A record of answers with the task's system turn and instruction around its prompt; its answers as they are."""
-    return replace(record, messages=tuple(task.ask(record))) if record.messages else record
+    """A record of answers with the task's system turn and instruction around its prompt, or as its prompt where it has none; its
+    answers as they are."""
+    return replace(record, messages=tuple(task.ask(record))) if record.messages or task.instruction else record
 
 
 def _reading(kind: str, task: Task, record: Record) -> Reading:

@@ -76,6 +76,8 @@ class Task:
             turns: list[Message] = [{"role": "user", "content": self._fill(instruction, record.text, record.pair)}]
         else:
             turns = list(record.asked())
+            if self.instruction and record.apart and record.prompt_is_empty:  # answers that stand alone: this is what they answer
+                return self.with_system([*turns, {"role": "user", "content": self.instruction}])
             if not turns:
                 raise DataError("the row asks nothing: it has no turn before an answer.", where=record.where)
             if self.instruction and turns[-1].get("role") == "user":

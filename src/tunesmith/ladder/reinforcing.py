@@ -52,11 +52,19 @@ def check_rewards(spec: Spec, records: Sequence[Record] | RecordStream) -> Rewar
     return Rewards(spec.rewards, columns={column for record in records[:100] for column in map(str, record.fields)})
 
 
-def begin(job: Job, model: Model, folder: RunFolder) -> Rollout:
+def critic_for(job: Job) -> Model | None:
+    """The value model of an actor and a critic, None for other objectives. To be called before the policy's adapter is on, which may
+    change the base's own weights; these are then kept for the critic."""
+    if objective_of(job.spec).name != "ppo":
+        return None
+    job.keep_base = True
+    return critic_of(job.start, job.spec)
+
+
+def begin(job: Job, model: Model, folder: RunFolder, critic: Model | None) -> Rollout:
     """What a run needs beside its policy. To be called before the trainer resumes. Raises as `rollout.begin.rollouts`."""
     spec, score = job.spec, _score(job)
     assert not isinstance(job.splits.train, RecordStream)
-    critic = critic_of(job.start, spec) if objective_of(spec).name == "ppo" else None
     feed = rollouts(
         model, spec, job.splits.train, score, folder.path, start=job.start, critic=critic, ask=job.task.ask, reporter=job.reporter,
         processes=folder.processes,
@@ -72,5 +80,6 @@ def begin(job: Job, model: Model, folder: RunFolder) -> Rollout:
 
 def _score(job: Job) -> Score:
     assert job.rewards is not None
+    job.rewards.share(job.base)
     job.reporter.line("rewards", " · ".join(job.rewards.names))
     return scored_by(job.rewards)

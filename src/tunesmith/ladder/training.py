@@ -22,7 +22,7 @@ from tunesmith.engine.train import DevMetric, Trainer
 from tunesmith.ladder.heads import give_head
 from tunesmith.ladder.job import Job, environment, prepare, run_folder, trainable_model
 from tunesmith.ladder.objective import objective_of
-from tunesmith.ladder.reinforcing import begin
+from tunesmith.ladder.reinforcing import begin, critic_for
 from tunesmith.ladder.teachers import teacher_of
 from tunesmith.spec import Spec
 
@@ -104,7 +104,7 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     resume_hint: what to type to go on after an interruption, where it is not `tunesmith train`.
     """
     samples = objective_of(job.spec).samples
-    rows, teacher = () if samples else job.rows, teacher_of(job)
+    rows, teacher, critic = () if samples else job.rows, teacher_of(job), critic_for(job)
     if model is None:
         model = trainable_model(job)
     else:
@@ -114,8 +114,8 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     _say_processes(job, folder.processes)
     began = time.perf_counter()
     with PeakMemory() as memory:
-        rollout = begin(job, model, folder) if samples else None
-        dev, feed, critic = (rollout.dev, rollout.feed, rollout.critic) if rollout else (_dev(job, model), rows, None)
+        rollout = begin(job, model, folder, critic) if samples else None
+        dev, feed = (rollout.dev, rollout.feed) if rollout else (_dev(job, model), rows)
         trainer = Trainer(
             model, feed, job.spec, folder, dev=dev, reporter=job.reporter, resume_hint=resume_hint, critic=critic, teacher=teacher
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tunesmith.core.record import Message, Record
 from tunesmith.core.row import Row, Segment, segment
 from tunesmith.engine.local import located
 from tunesmith.engine.model import Model
+from tunesmith.rollout.sample import ToolCall
 
 Numbers = NDArray[np.float32]
 
@@ -42,6 +44,7 @@ class Answer:
     ended: bool
     turns: int = 1
     messages: list[Message] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -50,9 +53,16 @@ class Answer:
 
 
 def prompts_of(
-    model: Model, records: Sequence[Record], ask: Callable[[Record], Sequence[Message]], room: int, *, drop: bool = False
+    model: Model,
+    records: Sequence[Record],
+    ask: Callable[[Record], Sequence[Message]],
+    room: int,
+    *,
+    drop: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[Prompt]:
-    """Records as prompts. ask: what is asked of a record. room: tokens that an answer may take.
+    """Records as prompts. ask: what is asked of a record. room: tokens that an answer may take. tools: schemas of those that may be
+    called, in place of the record's own.
 
     drop: leave out prompts after which there is no room in the context. Raises DataError for them otherwise, and where none is left.
     """
@@ -62,7 +72,7 @@ def prompts_of(
     for record in records:
         messages = tuple(ask(record))
         with located(record.where):
-            ids = renderer.prompt(messages, tools=record.tools or None).ids
+            ids = renderer.prompt(messages, tools=tools or record.tools or None).ids
         longest = max(longest, len(ids))
         if context and len(ids) + room > context:
             if drop:

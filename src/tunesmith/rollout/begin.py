@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from tunesmith.adapters import Way, save_adapter, states_width
 from tunesmith.core.progress import Reporter
@@ -13,13 +14,16 @@ from tunesmith.engine.checkpoint import new_folder
 from tunesmith.engine.critic import Critic
 from tunesmith.engine.model import Model, attach_to, free_name
 from tunesmith.engine.processes import ALONE, Processes
+from tunesmith.engine.sampler import Sampling
 from tunesmith.rollout.answers import Answer, Prompt, prompts_of
 from tunesmith.rollout.feed import Rollouts
-from tunesmith.rollout.gathering import Gatherer, Play
+from tunesmith.rollout.gathering import Gatherer
+from tunesmith.rollout.playing import Player
 from tunesmith.rollout.recording import Reference
 from tunesmith.rollout.sampling import answer_prompts, sampling_of, seed_of
 from tunesmith.rollout.scoring import Score
-from tunesmith.rolloutspec import settled
+from tunesmith.rollout.tools import load_tools
+from tunesmith.rolloutspec import RolloutSpec, settled
 from tunesmith.spec import Spec, objective_call
 
 Ask = Callable[[Record], Sequence[Message]]
@@ -51,23 +55,34 @@ def rollouts(
     To be made before the trainer resumes: where the reference's weights are trained, they are kept as they are now. Raises DataError for
     a prompt after which there is no room for an answer, and data.overlong is not "drop".
     """
-    prompts = prompts_of(model, records, ask, spec.rollout.max_new_tokens, drop=spec.data.overlong == "drop")
+    prompts, play = _playing(model, spec, records, ask)
     call = objective_call(spec.objective)
     refers = settled(spec.rollout, call.name, call.options).refers
     reference = Reference(start, model) if refers or not model.adapter.in_place else None
-    gatherer = Gatherer(prompts, player(model, spec), score, spec.rollout, spec.train.seed, processes)
+    gatherer = Gatherer(prompts, partial(_all_samples, play, spec.rollout), score, spec.rollout, spec.train.seed, processes)
     valued = None if critic is None else Critic(critic)
     return Rollouts(model, spec, gatherer, reference=reference, critic=valued, folder=folder, reporter=reporter)
 
 
-def player(model: Model, spec: Spec) -> Play:
-    """How the policy answers while it is trained."""
-    return partial(_answered, model, spec)
+class Answering(Protocol):
+    """`sampling.answer_prompts` of a model, or the same with tools."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], sampling: Sampling, *, samples: int, seeds: Sequence[int], batch: int
+    ) -> list[list[Answer]]: ...
 
 
-def _answered(model: Model, spec: Spec, prompts: Sequence[Prompt], seed: int, seeds: Sequence[int]) -> list[list[Answer]]:
-    rollout = spec.rollout
-    return answer_prompts(model, prompts, sampling_of(rollout, seed), samples=rollout.samples, seeds=seeds, batch=rollout.batch)
+def _playing(model: Model, spec: Spec, records: Sequence[Record], ask: Ask) -> tuple[list[Prompt], Answering]:
+    """The prompts of records, and how they are answered."""
+    rollout, drop = spec.rollout, spec.data.overlong == "drop"
+    tools = load_tools(rollout.tools)
+    schemas = [tool.schema for tool in tools.values()]
+    prompts = prompts_of(model, records, ask, rollout.max_new_tokens, drop=drop, tools=schemas)
+    return prompts, Player(model, tools, rollout).play if tools else partial(answer_prompts, model)
+
+
+def _all_samples(play: Answering, rollout: RolloutSpec, prompts: Sequence[Prompt], seed: int, seeds: Sequence[int]) -> list[list[Answer]]:
+    return play(prompts, sampling_of(rollout, seed), samples=rollout.samples, seeds=seeds, batch=rollout.batch)
 
 
 def critic_of(start: Model, spec: Spec) -> Model:
@@ -97,13 +112,13 @@ def dev_reward(
     """A dev metric for the trainer: the mean reward of one answer to each prompt ("reward", then each part), the answers greedy unless
     rollout.dev_temperature says otherwise. processes: that share the prompts. Raises as `rollouts`."""
     rollout = spec.rollout
-    prompts = prompts_of(model, records, ask, rollout.max_new_tokens, drop=spec.data.overlong == "drop")
+    prompts, play = _playing(model, spec, records, ask)
     sampling = sampling_of(rollout, seed_of(spec.train.seed, 2), temperature=rollout.dev_temperature)
 
     def judge() -> Mapping[str, float]:
         places = range(processes.rank, len(prompts), processes.count)
         own = [prompts[place] for place in places]
-        answers = answer_prompts(model, own, sampling, samples=1, seeds=list(places), batch=rollout.batch)
+        answers = play(own, sampling, samples=1, seeds=list(places), batch=rollout.batch)
         rewarded = score(own, answers)
         sums: dict[str, float] = {"reward": 0.0}
         for name, values in {"reward": rewarded.total, **{f"reward_{name}": part for name, part in rewarded.parts.items()}}.items():

@@ -20,7 +20,7 @@ from contextlib import redirect_stdout, suppress
 from typing import Any, NoReturn
 
 _NEW = {"mounts": 0x00020000, "ipc": 0x08000000, "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000}
-_REC, _PRIVATE, _BIND = 16384, 1 << 18, 4096
+_REC, _PRIVATE = 16384, 1 << 18
 _NOSUID, _NODEV = 2, 4
 _RDONLY, _AT_FDCWD, _AT_RECURSIVE, _MOUNT_SETATTR = 1, -100, 0x8000, 442
 _PDEATHSIG, _DUMPABLE, _KEEPCAPS, _NO_NEW_PRIVS = 1, 4, 8, 38
@@ -130,8 +130,13 @@ def _limit(limits: dict[str, Any]) -> None:
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-_REFUSED = ("socket.", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "subprocess.", "ctypes.", "pty.", "signal.")
-_MOVING = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "shutil.rmtree"}
+_REFUSED = (
+    *("os.fork", "os.exec", "os.posix_spawn", "os.spawn", "os.system", "os.kill"),
+    *("socket.", "subprocess.", "ctypes.", "pty.", "signal."),
+)
+_MOVING = frozenset(
+    f"os.{name}" for name in ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "truncate", "chmod", "chown", "utime", "setxattr")
+)
 
 
 def _watch() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from tunesmith.core.errors import DataError, SpecError
 from tunesmith.rollout.rewarding import Scoring, reward
 from tunesmith.rollout.sample import Sample
-from tunesmith.rollout.sandbox import Isolation, Limits, Case, check_isolation, run_tests
+from tunesmith.rollout.sandbox import Case, Isolation, Limits, check_isolation, run_tests
 
 _BLOCK = re.compile(r"(?s)```(?P<language>[\w+-]*)[^\n]*\n(?P<code>.*?)(?:\n?```|\Z)")
 

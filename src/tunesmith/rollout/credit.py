@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tunesmith.objectives.actions import estimate
+from tunesmith.objectives.actions import Estimator, estimate
 from tunesmith.objectives.advantage import gae, group_advantages, leave_one_out, overlong, token_rewards, whitened
 from tunesmith.rollout.answers import Answer, Held, Numbers
 from tunesmith.rolloutspec import RolloutSpec, Settled
@@ -24,9 +24,9 @@ def shaped(outcome: float, answer: Answer, spec: RolloutSpec) -> float:
     return outcome if answer.ended else outcome - spec.missing_end
 
 
-def divergence(held: Held, spec: RolloutSpec) -> Numbers:
-    """The policy's divergence from the reference at an answer's chosen tokens, nats, by the spec's estimator, 0 at others."""
-    apart = estimate(spec.kl_estimator, torch.from_numpy(held.given["old"]), torch.from_numpy(held.given["reference"]))
+def divergence(held: Held, kind: Estimator) -> Numbers:
+    """The policy's divergence from the reference at an answer's chosen tokens, nats, 0 at others."""
+    apart = estimate(kind, torch.from_numpy(held.given["old"]), torch.from_numpy(held.given["reference"]))
     return np.asarray(np.where(held.chosen, apart.numpy(), 0.0), np.float32)
 
 
@@ -38,7 +38,7 @@ def give_group_advantages(held: Sequence[Held], rewards: Sequence[float], spec: 
     if not held:
         return
     if kl:
-        rewards = [reward - kl * float(divergence(one, spec).sum()) for one, reward in zip(held, rewards, strict=True)]
+        rewards = [reward - kl * float(divergence(one, spec.kl_estimator).sum()) for one, reward in zip(held, rewards, strict=True)]
     table = torch.tensor(rewards, dtype=torch.float64).reshape(-1, spec.samples)
     how = settled.advantage
     found = leave_one_out(table) if how == "leave_one_out" else group_advantages(table, how)

@@ -205,14 +205,14 @@ class Rollouts:
         return figures | self._drift(referred)
 
     def _drift(self, held: Sequence[Held]) -> dict[str, float]:
-        """The policy's divergence from its reference, a token and an answer; what the penalty on it becomes."""
+        """The policy's divergence from its reference, a token and, as it is penalised, an answer; what the penalty becomes."""
         if not held:
             return {}
-        sums = [float(divergence(one, self.spec).sum()) for one in held]
-        answer = sum(sums) / len(sums)
-        figures = {"reference_kl": sum(sums) / sum(int(one.chosen.sum()) for one in held), "reference_kl_answer": answer}
+        tokens = sum(int(one.chosen.sum()) for one in held)
+        figures = {"reference_kl": sum(float(divergence(one, "k3").sum()) for one in held) / tokens}
         if self.settled.kl:
-            figures["kl_coefficient"] = self.kl
+            answer = sum(float(divergence(one, self.spec.kl_estimator).sum()) for one in held) / len(held)
+            figures |= {"reference_kl_answer": answer, "kl_coefficient": self.kl}
             if self.spec.kl_target is not None:
                 self.kl = adapted(self.kl, answer, target=self.spec.kl_target, horizon=self.spec.kl_horizon, count=len(held))
         return figures

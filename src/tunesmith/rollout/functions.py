@@ -33,21 +33,21 @@ RIGHT_FORM = (
 )
 
 
-def load_function(file: str, name: str) -> Callable[..., Any]:
-    """The function of a Python file. Raises SpecError where there is none, naming those that there are."""
+def load_function(file: str, name: str, what: str = "reward") -> Callable[..., Any]:
+    """The function of a Python file. what: it is, for errors. Raises SpecError where there is none, naming those that there are."""
     path = Path(file).expanduser()
     if not path.is_file():
         close = nearest(path.name, [each.name for each in path.parent.glob("*.py")]) if path.parent.is_dir() else []
-        raise SpecError("the reward's file does not exist.", where=file, hints=[f"Did you mean:  {path.parent / each}" for each in close])
+        raise SpecError(f"the {what}'s file does not exist.", where=file, hints=[f"Did you mean:  {path.parent / each}" for each in close])
     unique = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"tunesmith_reward_{path.stem}_{unique}", path)
+    spec = importlib.util.spec_from_file_location(f"tunesmith_{what}_{path.stem}_{unique}", path)
     assert spec is not None and spec.loader is not None  # its name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses in the user's file look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as cause:
-        raise SpecError(f"the reward's file cannot be imported: {type(cause).__name__}: {cause}.", where=file) from cause
+        raise SpecError(f"the {what}'s file cannot be imported: {type(cause).__name__}: {cause}.", where=file) from cause
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value) and not key.startswith("_")]

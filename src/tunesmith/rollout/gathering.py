@@ -13,6 +13,7 @@ from tunesmith.engine.processes import Processes
 from tunesmith.objectives.advantage import carries_signal
 from tunesmith.rollout.answers import Answer, Prompt
 from tunesmith.rollout.order import drawn
+from tunesmith.rollout.sample import ToolCall
 from tunesmith.rollout.sampling import seed_of
 from tunesmith.rollout.scoring import Rewarded, Score
 from tunesmith.rolloutspec import RolloutSpec
@@ -109,4 +110,5 @@ def _groups(prompts: Sequence[int], answers: Sequence[list[Answer]], rewarded: R
 
 def _group(values: Mapping[str, Any]) -> Group:
     """From plain values."""
-    return Group(values["prompt"], [Answer(**one) for one in values["answers"]], values["outcome"], values["parts"])
+    answers = [Answer(**{**one, "calls": [ToolCall(**call) for call in one["calls"]]}) for one in values["answers"]]
+    return Group(values["prompt"], answers, values["outcome"], values["parts"])

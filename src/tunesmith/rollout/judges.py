@@ -29,7 +29,7 @@ from tunesmith.engine.model import Model
 from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.sampler import Sampling
 from tunesmith.engine.server import Server, connect, is_server
-from tunesmith.rollout.rubric import COMPARE, RATE, Form, again, question, rubric_of, settled
+from tunesmith.rollout.rubric import COMPARE, Form, again, question, rating_on, rubric_of, settled
 
 Way = Literal["likelihood", "generation"]
 NoVerdict = Literal["error", "skip", "tie"]
@@ -94,7 +94,7 @@ class Judge:
 
     no_verdict: what becomes of a question that was answered with prose twice: "error", "skip" (None) or "tie" (undecided). both_orders:
     False asks one order, drawn by content. base: the one that a local judge shares with the policy is asked without the policy's adapters.
-    tally: what happened. told: three answers without a verdict, for the reader.
+    scale: words that answers are rated in, the worst first; () for 1 to 10. tally: what happened. told: three answers that held no verdict.
     """
 
     model: Model | Server
@@ -105,6 +105,7 @@ class Judge:
     both_orders: bool = True
     max_new_tokens: int = 0
     batch: int = 32
+    scale: tuple[str, ...] = ()
     source: str = ""
     reporter: Reporter = field(default_factory=Quiet, repr=False)
     tally: Tally = field(default_factory=Tally)
@@ -147,14 +148,14 @@ class Judge:
         return [_judgement({ahead: next(heard) for ahead in own}) for own in orders]
 
     def rate(self, answers: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> list[float | None]:
-        """A rating from 1 to 10 of each (prompt, answer), None for no verdict; by likelihood the mean over the ten numbers, as
-        Liu et al. 2023 (2303.16634, sec. 2) weight them. Raises as `compare`."""
-        places = where or [""] * len(answers)
+        """A rating from 1 to 10, or to the number of words in the scale, of each (prompt, answer), None for no verdict; by likelihood the
+        mean over them, as Liu et al. 2023 (2303.16634, sec. 2) weight them. Raises as `compare`."""
+        places, form = where or [""] * len(answers), rating_on(self.scale)
         asked = [
-            (question(self.rubric, RATE, prompt, [answer], self.reasons), place)
+            (question(self.rubric, form, prompt, [answer], self.reasons), place)
             for (prompt, answer), place in zip(answers, places, strict=True)
         ]
-        return self._values(RATE, asked)
+        return self._values(form, asked)
 
     def _orders(self, duel: Duel) -> list[bool]:
         """Which orders are asked: True for the first answer ahead."""
@@ -276,6 +277,7 @@ def open_judge(
     both_orders: bool = True,
     max_new_tokens: int = 0,
     batch: int = 32,
+    scale: Sequence[str] = (),
     key_env: str | None = None,
     base: Base | None = None,
     reporter: Reporter | None = None,
@@ -287,6 +289,7 @@ def open_judge(
     Raises SpecError for options that do not fit, and what opening the source raises.
     """
     text = rubric_of(rubric)  # before a model is loaded
+    rating_on(scale)
     model = source if isinstance(source, Model | Server) else _open(str(source), key_env, base, reporter)
     if key_env is not None and not isinstance(model, Server):
         raise SpecError("key_env names the key of a server, and the judge is none.", hints=["Form:  http://HOST:PORT/v1#MODEL"])
@@ -303,6 +306,7 @@ def open_judge(
         both_orders=both_orders,
         max_new_tokens=max_new_tokens,
         batch=batch,
+        scale=tuple(scale),
         source=named,
         reporter=reporter or Quiet(),
     )

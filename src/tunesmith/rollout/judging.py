@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import get_args
 
@@ -17,7 +17,7 @@ from tunesmith.engine.runs import is_run
 from tunesmith.engine.server import is_server
 from tunesmith.rollout.judges import Duel, Judge, NoVerdict, Way, open_judge
 from tunesmith.rollout.rewarding import Scoring, reward
-from tunesmith.rollout.rubric import rubric_of
+from tunesmith.rollout.rubric import rating_on, rubric_of
 from tunesmith.rollout.sample import Sample
 
 Floats = NDArray[np.float64]
@@ -60,6 +60,11 @@ class JudgeReward:
                 matrix[i, j], matrix[j, i] = one.preference, 1 - one.preference
         found: list[list[float]] = filled(matrix).tolist()
         return found
+
+
+def judges_among(scorings: Iterable[Scoring]) -> list[JudgeReward]:
+    """The judges among rewards: to lend them a base, to name them in a report, to hold them against the judge of the evaluation."""
+    return [scoring for scoring in scorings if isinstance(scoring, JudgeReward)]
 
 
 def rounds_of(size: int, rivals: int | None, salt: str) -> list[tuple[int, int]]:
@@ -144,8 +149,13 @@ def judge_rating(
     rubric: str | None = None,
     reasons: bool = False,
     way: str = "auto",
+    scale: Sequence[str] = (),
     no_verdict: str = "error",
     key_env: str | None = None,
 ) -> Scoring:
-    """A judge's rating of each answer by itself, from 1 to 10: one question an answer, where comparing takes two a pair."""
-    return JudgeReward(model, _options(rubric, reasons, way, no_verdict, key_env, model), rate=True)
+    """A judge's rating of each answer by itself, from 1 to 10 or in words: one question an answer, where comparing takes two a pair.
+
+    scale: words, the worst first, each worth its place from 1.
+    """
+    rating_on(scale)
+    return JudgeReward(model, {**_options(rubric, reasons, way, no_verdict, key_env, model), "scale": tuple(scale)}, rate=True)

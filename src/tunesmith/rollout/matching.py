@@ -13,9 +13,7 @@ from tunesmith.core.errors import SpecError
 from tunesmith.rollout.rewarding import Scoring, reward
 from tunesmith.rollout.sample import Sample
 
-_NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?"
-)
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?")
 _MARKED = (
     re.compile(r"(?s)<answer>(?P<said>.*?)</answer>"),
     re.compile(r"(?s)\\boxed\{(?P<said>[^{}]*)\}"),
@@ -52,7 +50,8 @@ def numeric(*, tolerance: float = 1e-6, relative: bool = False, field: str = "",
     """1 where the number that the answer says is the row's, else 0.
 
     Read is the marked result (as in exact), else the last number, or the first with last=false: 1,234.5, -3/4, 2e3; units and the
-    sign % are passed over. tolerance: largest distance; relative: as a share of the right number. Says nothing of a row whose answer holds no number.
+    sign % are passed over. tolerance: largest distance; relative: as a share of the right number. Says nothing of a row whose
+    answer holds no number.
     """
     if not tolerance >= 0:
         raise SpecError(f"numeric's tolerance is {tolerance}, and a distance is at least 0.")

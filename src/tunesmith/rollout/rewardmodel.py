@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +27,10 @@ from tunesmith.engine.memory import in_mode
 from tunesmith.engine.model import Model
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.runs import is_run, open_run
-from tunesmith.rollout.sample import Sample
+from tunesmith.rollout.sample import Sample, groups_of_samples
 
 READS = ("dialogue", "pair", "answer")
-Read = Callable[[Sequence[Sample]], list[float]]
+Read = Callable[[Sequence[Sample]], Sequence[float | None]]
 
 
 class RewardModel:
@@ -51,8 +52,8 @@ class RewardModel:
         if is_run(self.source) and RunFolder(Path(self.source)).spec().base.model == base.source:
             self._base = base
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
-        """The value of each answer, in order."""
+    def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]:
+        """The value of each answer, in order; None for one without words that the model cannot read."""
         if self._ready is None:
             self._ready = self._of_run() if is_run(self.source) else self._of_classifier()
         return self._ready(samples)
@@ -62,7 +63,8 @@ class RewardModel:
         head = model.head
         if head is None or len(head.labels) != 1 or head.way.says not in ("choice", "value"):
             what = "the run has no head that scores answers." if head is None else f"the run's head says a {head.way.says}."
-            raise SpecError(what, where=self.source, hints=["Train one:  objective: reward   (from pairs or rankings), or  objective: regress"])
+            hints = ["Train one:  objective: reward  (from pairs or rankings), or  objective: regress"]
+            raise SpecError(what, where=self.source, hints=hints)
         return lambda samples: read_with_head(model, samples, self.tokens)
 
     def _of_classifier(self) -> Read:
@@ -74,35 +76,61 @@ class RewardModel:
         return lambda samples: _read(network, tokenizer, [_encoded(tokenizer, each, reads, limit) for each in samples], self.tokens)
 
 
-def read_with_head(model: Model, samples: Sequence[Sample], budget: int) -> list[float]:
+def read_with_head(model: Model, samples: Sequence[Sample], budget: int) -> list[float | None]:
     """The value of a model's head of one output: of answers to prompts ("choice"), or of answers as texts of their own ("value").
 
-    budget: tokens of a pack. Texts are rendered and tokenised as the model's own base has it, and shortened where they were in training.
+    budget: tokens of a pack. Texts are rendered and tokenised as the model's own base has it, and shortened where they were in training;
+    a prompt is read once for all its answers. None for an answer without words, where words are what the head reads.
     """
     head = model.head
     assert head is not None
+    own: list[float | None] = [None] * len(samples)
+    if head.way.says == "value" or model.base.kind == "encoder":
+        worded = [place for place, each in enumerate(samples) if each.completion.strip()]
+        if len(worded) < len(samples):
+            for place, value in zip(worded, read_with_head(model, [samples[place] for place in worded], budget), strict=True):
+                own[place] = value
+            return own
+    asked: list[_Asked] = []
     if head.way.says == "value":
-        readings = [Reading(0.0, text=sample.completion or " ", where=sample.where) for sample in samples]
-        made: list[TextRow] = list(labelled_rows(model.renderer, readings))
+        made = list(labelled_rows(model.renderer, (Reading(0.0, text=each.completion, where=each.where) for each in samples)))
+        asked = [_Asked([[place]], Record("text")) for place in range(len(samples))]
     else:
-        made = list(scored_rows(model.base.kind, model.renderer, [_record(sample) for sample in samples]))
+        asked = [_of_group(samples, places) for places in groups_of_samples(samples)]
+        made = list(scored_rows(model.base.kind, model.renderer, [each.record for each in asked]))
     limit = head.way.limit or model.context_length
     if limit:
         kept, _ = fit(made, limit, "truncate-left-of-prompt" if head.way.limit else "error", model.base.tokenizer)
         made = cast(list[TextRow], list(kept))
-    if len(made) != len(samples):
+    if len(made) != len(asked):
         raise DataError("an answer leaves the reward model nothing to read within its length.", where=samples[0].where)
-    out = [0.0] * len(samples)
     with model.active(), in_mode(model.base.model, training=False):
-        for places, said in task_answers(model.forward, head, made, budget):
+        for rows, said in task_answers(model.forward, head, made, budget):
+            waiting = {at: iter(asked[row].places) for at, row in enumerate(rows)}
             for row, value in zip(said.rows, said.logits[:, 0].tolist(), strict=True):
-                out[places[row]] = value * head.way.deviation + head.way.mean
-    return out
+                for place in next(waiting[row]):
+                    own[place] = value * head.way.deviation + head.way.mean
+    return own
 
 
-def _record(sample: Sample) -> Record:
-    said = ({"role": "assistant", "content": sample.completion},)
-    return Record("ranking", messages=sample.prompt, answers=(said,), where=sample.where)
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A row for the head. places: of the samples that each of its answers is of. record: the prompt with the answers, all different."""
+
+    places: list[list[int]]
+    record: Record
+
+
+def _of_group(samples: Sequence[Sample], places: Sequence[int]) -> _Asked:
+    found: dict[str, list[int]] = {}
+    for place in places:
+        found.setdefault(samples[place].completion, []).append(place)
+    texts, owners = list(found), list(found.values())
+    if len(texts) == 1:  # rows that are scored have two answers at least; what is said of the second is not read
+        texts, owners = texts * 2, [*owners, []]
+    answers = tuple(({"role": "assistant", "content": text},) for text in texts)
+    first = samples[places[0]]
+    return _Asked(owners, Record("ranking", messages=first.prompt, answers=answers, where=first.where))
 
 
 def _classifier(folder: Any, source: str, config: Any, device: str, dtype: str) -> tuple[Any, Any]:

@@ -77,9 +77,7 @@ def open_reward(given: str | Mapping[str, Any] | RewardSpec, columns: Collection
     assert call is not None
     kind = REWARDS[call.name]
     check_options(kind.make, call.options, kind=f"reward {call.name}")
-    missing = [
-        p.name for p in inspect.signature(kind.make).parameters.values() if p.default is p.empty and p.name not in call.options
-    ]
+    missing = [p.name for p in inspect.signature(kind.make).parameters.values() if p.default is p.empty and p.name not in call.options]
     if missing:
         raise SpecError(f"the reward {call.name} needs {missing[0]}.", hints=[f"Form:  {call.name}({missing[0]}=...)"])
     if spec.compares and not kind.compares:
@@ -98,7 +96,8 @@ class Rewards:
 
     def __init__(self, specs: Sequence[str | Mapping[str, Any] | RewardSpec], *, columns: Collection[str] | None = None) -> None:
         if not specs:
-            raise SpecError("nothing says what answers are rewarded for.", hints=["rewards: [numeric]", "Known: " + ", ".join(sorted(REWARDS))])
+            hints = ["rewards: [numeric]", f"Known: {', '.join(sorted(REWARDS))}"]
+            raise SpecError("nothing says what answers are rewarded for.", where="rewards", hints=hints)
         self.rewards = [open_reward(spec, columns) for spec in specs]
         names = [one.name for one in self.rewards]
         if twice := [name for name in names if names.count(name) > 1]:

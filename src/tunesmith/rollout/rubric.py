@@ -130,6 +130,37 @@ RATE = Form(
 )
 
 
+def rating_on(scale: Sequence[str]) -> Form:
+    """The form of rating in words, from the worst to the best, each worth its place from 1; without words the numbers 1 to 10.
+
+    Small models place a text among words where they cannot among numbers. Raises SpecError for fewer than two different words.
+    """
+    if not scale:
+        return RATE
+    words = tuple(word.strip() for word in scale)
+    if len(words) < 2 or len({word.casefold() for word in words}) < len(words) or not all(words):
+        raise SpecError(f"'{', '.join(scale)}' is no scale.", hints=["Different words, the worst first:  negative,neutral,positive"])
+    worth = {word.casefold(): float(place) for place, word in enumerate(words, 1)}
+    any_word = re.compile(rf"(?<!\w)(?:{'|'.join(sorted(map(re.escape, worth), key=len, reverse=True))})(?!\w)")
+
+    def parse(text: str) -> float | None:
+        lines = [line.strip(_TRIM) for line in text.casefold().strip().splitlines() if line.strip(_TRIM)]
+        last = lines[-1].removeprefix("rating").strip(_TRIM) if lines else ""
+        said = {last} if last in worth else set(any_word.findall(text.casefold()))
+        return worth[said.pop()] if len(said) == 1 else None
+
+    among = ", ".join(words)
+    return Form(
+        options=words,
+        values=tuple(worth.values()),
+        tie=(1 + len(words)) / 2,
+        parse=parse,
+        brief=f"Which of these fits it best: {among}? Say only that.",
+        thought=f"Think it through in a few sentences. Then end with a line of its own: Rating: and one of these: {among}.",
+        stern=f"That names no rating. Say one of these and nothing else: {among}.",
+    )
+
+
 def question(rubric: str, form: Form, prompt: str, answers: Sequence[str], reasons: bool) -> list[Message]:
     """The dialogue that asks for a verdict on two answers, A and B, or for a rating of one. prompt: "" where texts stand alone."""
     thing, sign = "answer" if prompt else "text", _sign([prompt, *answers])

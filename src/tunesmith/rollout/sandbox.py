@@ -61,7 +61,7 @@ class Case:
     output: str | None = None
 
 
-def run_tests(tests: Sequence[Case], limits: Limits = Limits()) -> list[bool]:  # noqa: B008 (frozen)
+def run_tests(tests: Sequence[Case], limits: Limits = Limits()) -> list[bool]:
     """Which tests a program passes, in order; those after its time was up are not passed.
 
     They are run one after another in one process. Raises RunError where the machine cannot keep a program apart.

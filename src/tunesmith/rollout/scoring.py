@@ -73,6 +73,7 @@ def samples_of(prompt: Prompt, answers: Sequence[Answer], group: int) -> list[Sa
             finished="end" if answer.ended else "length",
             where=record.where,
             group=group,
+            calls=tuple(answer.calls),
         )
         for answer in answers
     ]

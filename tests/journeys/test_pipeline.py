@@ -1,0 +1,94 @@
+"""Several runs in one file, each going on from those before, and what they made held against one another."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+Types = Callable[..., Result]
+
+PIPELINE = """
+base: {base}
+data: {{train: pairs.jsonl, dev: 8, duplicates: drop}}
+adapter: lora(rank=4)
+train: {{steps: 6, batch: 16, lr: 1e-2}}
+stages:
+  sft: {{data: {{shape: prompt, columns: {{completion: chosen}}, conflicts: keep}}}}
+  reward: {{objective: reward}}
+  dpo: {{base: "@sft", objective: dpo}}
+  ppo:
+    base: "@sft"
+    objective: ppo
+    data: {{shape: question, columns: {{}}}}
+    rewards: ["model(source=@reward)"]
+    rollout: {{prompts: 4, samples: 1, max_new_tokens: 6, epochs: 2}}
+    train: {{steps: 4, batch: 32}}
+compare: {{systems: ["@dpo", "@ppo", "@reward"], questions: held-out.jsonl}}
+"""
+
+
+def pairs(count: int, rng: random.Random) -> list[dict[str, str]]:
+    things = ("phone", "film", "book", "soup", "chair", "song")
+    return [{"prompt": f"What of the {rng.choice(things)} number {rng.randrange(99)}?", "chosen": "I love it", "rejected": "I hate it"} for _ in range(count)]  # fmt: skip  # noqa: E501
+
+
+@pytest.fixture(scope="module")
+def types(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[Types]:
+    folder, rng = tmp_path_factory.mktemp("pipeline"), random.Random(1)
+    for name, count in (("pairs", 40), ("held-out", 16)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(count, rng)))
+    (folder / "align.yaml").write_text(PIPELINE.format(base=tiny_base_folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for key, value in (("COLUMNS", "200"), ("TUNESMITH_CACHE", str(folder / "cache")), ("TUNESMITH_DTYPE", "fp32")):
+            patch.setenv(key, value)
+
+        def run(*words: object) -> Result:
+            from tunesmith.cli.app import app
+
+            return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+        yield run
+
+
+def test_one_file_trains_every_stage_on_what_came_before_and_compares_them(types: Types) -> None:
+    told = types("pipeline", "align.yaml")
+    assert told.exit_code == 0, told.output
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        assert json.loads(Path(f"runs/align/{stage}/result.json").read_text())["steps"] > 0
+    assert Path("runs/align/ppo/critic/adapter_model.safetensors").is_file()
+    assert (
+        "runs/align/dpo" in told.stdout and "runs/align/reward" in told.stdout and ("better" in told.stdout or "undecided" in told.stdout)
+    )
+
+    written = {path: path.stat().st_mtime_ns for path in Path("runs/align").rglob("adapter_model.safetensors")}
+    again = types("pipeline", "align.yaml", "--resume")
+    assert again.exit_code == 0 and again.output.count("is finished; nothing to do") == 4
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('stages: {dpo: {base: "@sft", objective: dpo}}', "'@sft' is no stage that comes before"),
+        ("stages: {sft: {lr: 1}}", "stage sft"),
+        ("stages: []", "stages is a mapping"),
+        ("objective: sft", "holds no stages"),
+        ("stages: {sft: {}}\ncompare: {systems: [a]}", "compare names systems and questions"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(types: Types, text: str, told: str) -> None:
+    Path("bad.yaml").write_text(f"base: nowhere\n{text}\n")
+    said = types("pipeline", "bad.yaml")
+    assert said.exit_code != 0 and told in said.output, said.output
+    assert not Path("runs/bad").exists()
+
+
+def test_train_says_what_a_file_of_stages_is_run_by(types: Types) -> None:
+    said = types("train", "align.yaml")
+    assert said.exit_code != 0 and "tunesmith pipeline align.yaml" in said.output

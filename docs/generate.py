@@ -60,8 +60,6 @@ MEANT: Mapping[str, str] = {
     "train.eps": "of AdamW",
     "train.neftune_noise": "its distribution",
     "train.seed": "of the order of rows, dropout, noise and new parameters",
-    "rollout": "answers that the policy samples while it is trained. See [rollouts](rollouts.md)",
-    "rewards": "what sampled answers are rewarded for. See [rewards](rewards.md)",
     "climb": "which rungs the ladder tries",
     "climb.rungs": "in the order of their cost, below",
     "track": "experiment trackers, one or a list",

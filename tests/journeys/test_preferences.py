@@ -188,3 +188,19 @@ def test_what_does_not_go_together_is_refused_with_what_does(types: Types, spec:
     Path("equal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = types("train", f"{spec}.yaml", "name=refused", *overrides)
     assert said.exit_code != 0 and told in said.output and "Traceback" not in said.output, said.output
+
+
+def test_supervised_learning_takes_the_better_answer_of_a_pair(trained: Types) -> None:
+    told = trained("train", "dpo.yaml", "name=better", "objective=sft")
+    assert told.exit_code == 0, told.output
+    lines = [json.loads(line) for line in Path("runs/better/metrics.jsonl").read_text().splitlines()]
+    assert [line["dev_accuracy"] for line in lines if "dev_accuracy" in line][-1] >= 0.7
+    said = ts.generate("runs/better", "Say something about the lamp number 3.", max_new_tokens=12)
+    assert isinstance(said, str) and set(said.split()) & set(" ".join(GOOD).split()) and not {"hate", "terrible", "broke"} & set(said.split())
+
+
+def test_a_student_may_learn_on_its_own_words(trained: Types) -> None:
+    told = trained("train", "distil.yaml", "name=own", "rollout.own=1", "rollout.max_new_tokens=8", "train.steps=4")
+    assert told.exit_code == 0, told.output
+    lines = [json.loads(line) for line in Path("runs/own/metrics.jsonl").read_text().splitlines()]
+    assert all(line["own"] == 1.0 for line in lines if "loss" in line)

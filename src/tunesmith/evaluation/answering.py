@@ -125,7 +125,7 @@ def _measure(model: Model, task: Task, records: Sequence[Record]) -> str:
 def _weighed(model: Model, rows: Sequence[Row], measure: str, progress: Progress) -> list[list[float]]:
     scores = score_options(model, rows, progress)
     if measure == "mean":
-        lengths = [[int(row.segments[1 + place].supervised.sum()) for place in range(len(own))] for row, own in zip(rows, scores, strict=True)]
+        lengths = [[int(part.supervised.sum()) for part in row.segments[1:]] for row in rows]
         return [[score / max(1, n) for score, n in zip(*both, strict=True)] for both in zip(scores, lengths, strict=True)]
     if measure == "ratio":
         beneath = Model(model.base, model.adapters[:-1])

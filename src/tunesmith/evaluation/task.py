@@ -108,6 +108,8 @@ class Task:
         reply = record.reply()
         if reply is None:
             raise DataError("the row has no answer to learn from.", where=record.where)
+        if record.apart:  # of several answers the best one
+            return [*(self.ask(record) if self.instruction or not record.prompt_is_empty else record.messages), reply]
         if record.shape in _PLAIN or self.instruction:
             return [*self.ask(record), reply]
         return self.with_system(record.messages)

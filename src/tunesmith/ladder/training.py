@@ -24,6 +24,7 @@ from tunesmith.ladder.job import Job, environment, prepare, run_folder, trainabl
 from tunesmith.ladder.objective import objective_of
 from tunesmith.ladder.reinforcing import begin, critic_for
 from tunesmith.ladder.teachers import teacher_of
+from tunesmith.rollout.own import own_answers
 from tunesmith.spec import Spec
 
 
@@ -115,7 +116,7 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
     began = time.perf_counter()
     with PeakMemory() as memory:
         rollout = begin(job, model, folder, critic) if samples else None
-        dev, feed = (rollout.dev, rollout.feed) if rollout else (_dev(job, model), rows)
+        dev, feed = (rollout.dev, rollout.feed) if rollout else (_dev(job, model), own_answers(model, job.spec, rows, folder.processes))
         trainer = Trainer(
             model, feed, job.spec, folder, dev=dev, reporter=job.reporter, resume_hint=resume_hint, critic=critic, teacher=teacher
         )

@@ -72,6 +72,7 @@ class Rollouts:
         self._file, self._offset = None if folder is None else folder / SAMPLES, 0
         self._figures: dict[str, float] = {}
         self._untold: Gathered | None = None
+        self._told = False  # of prompts that were left out: once, and then as often as answers are shown
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -264,9 +265,11 @@ class Rollouts:
         self._untold = None
         if gathered.problems:
             self.reporter.line("rewards", f"{len(gathered.problems)} answers were passed over; {gathered.problems[0]}")
-        if self.settled.dynamic:
+        shown = bool(self.spec.show) and self._iteration % self.spec.show == 0
+        if self.settled.dynamic and len(gathered.groups) < self.spec.prompts and (shown or not self._told):
             say_degenerate(self.reporter, gathered, self.spec.prompts, self._iteration)
-        if self.spec.show and self._iteration % self.spec.show == 0:
+            self._told = True
+        if shown:
             show(self.reporter, gathered, self.prompts, self._iteration)
         if self._file is not None and self.processes.first:
             kept = Metrics(self._file, self._offset)  # what came after the checkpoint is cut off

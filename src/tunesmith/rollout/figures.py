@@ -93,12 +93,10 @@ def show(reporter: Reporter, gathered: Gathered, prompts: Sequence[Prompt], iter
 
 def say_degenerate(reporter: Reporter, gathered: Gathered, wanted: int, iteration: int) -> None:
     """Tell of prompts that had to be left out, since no round of sampling brought answers that were rewarded differently."""
-    missing = wanted - len(gathered.groups)
-    if missing > 0:
-        tried = f"{len(gathered.left)} of {len(gathered.left) + len(gathered.groups)} prompts had answers that were all rewarded alike"
-        rounds = f"in {gathered.rounds} round{'s' if gathered.rounds > 1 else ''} of sampling"
-        learned = f"it learns from {len(gathered.groups)} of {wanted}" if gathered.groups else "nothing is learned in it"
-        reporter.line("rollout", f"iteration {iteration + 1}: {tried} {rounds}; {learned}")
+    tried = f"{len(gathered.left)} of {len(gathered.left) + len(gathered.groups)} prompts had answers that were all rewarded alike"
+    rounds = f"in {gathered.rounds} round{'s' if gathered.rounds > 1 else ''} of sampling"
+    learned = f"it learns from {len(gathered.groups)} of {wanted}" if gathered.groups else "nothing is learned in it"
+    reporter.line("rollout", f"iteration {iteration + 1}: {tried} {rounds}; {learned}")
 
 
 def _asked(prompt: Prompt) -> str:

@@ -157,6 +157,7 @@ def test_a_key_like_no_other_shows_all_that_are_known_there():
         ("train.betas=[0.9, 1]", r"train\.betas\.1: .*less than 1"),
         ("train.schedule=cosin", r"train\.schedule: .*'cosine'.*(?s:.)*Did you mean:  train\.schedule=cosine"),
         ("data.overlong=cut", r"data\.overlong: .*'drop'"),
+        ("data.shape=rate", r"data\.shape: .*'rated'(?s:.)*Did you mean:  data\.shape=rated"),
         ("data.dev=true", r"data\.dev: a source, a share or a number is wanted"),
         ("data.train=5", r"data\.train: .*string.* or .*list"),
         ("task.labels=[yes, no]", r"task\.labels\.0: (?s:.)*put quotes around"),

@@ -135,8 +135,8 @@ def method_notes(board: Board, facts: Mapping[str, Any]) -> list[str]:
         "Sentence encoder: of telling each text by its description among all, cosine times 20; drift: 1 less the mean cosine of a "
         "text's mean state with what it was. A task head takes no part in either.",
         f"Cost: every cell is a process of its own with one thread, {facts['at_once']} at once, so times are for comparison with one "
-        "another. Memory: the process's highest while training, and in brackets how far that is above where it began. Stored: files of "
-        "the adapter, without the optimiser's state.",
+        "another. Training: seconds of the processor, which other work on the machine hardly lengthens. Memory: the process's highest "
+        "while training, and in brackets how far that is above where it began. Stored: the adapter's files, without the optimiser's state.",
         f"Machine: {facts['machine']}. {', '.join(f'{name} {number}' for name, number in versions().items())}.",
     ]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.ladder.comparison import Comparison
 from tunesmith.ladder.training import Run
 from tunesmith.ladder.training import train as train_spec
+from tunesmith.objectives import OBJECTIVES
 from tunesmith.spec import Spec, make_spec, read_values, set_key
 
 _STAGE = re.compile(r"@([A-Za-z_][\w-]*)")
@@ -76,6 +78,9 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), *, root: Path
     values = read_values(path)
     if "stages" not in values:
         raise SpecError("the file holds no stages.", where=str(path), hints=[f"A single run:  tunesmith train {path}"])
+    for override in overrides:
+        if override.partition("=")[0].strip() == "name":
+            set_key(values, override)
     name, stages, compared = str(values.pop("name", path.stem)), values.pop("stages"), values.pop("compare", None) or {}
     if not isinstance(stages, dict) or not stages:
         raise SpecError(
@@ -89,7 +94,8 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = (), *, root: Path
             raise SpecError(f"'{stage}' is no name of a stage.", where=str(path), hints=["Letters, digits, _ and -, a letter first."])
         if own is not None and not isinstance(own, dict):
             raise SpecError("a stage is a mapping of the keys that it changes.", where=where)
-        merged = _over(values, own or {})
+        merged = _over(deepcopy(values), own or {})  # an override of one stage is none of the others'
+        _leave_out_batch(merged, own or {})
         for override in overrides:
             first, _, rest = override.partition(".")
             if first in stages:
@@ -120,6 +126,15 @@ def _over(common: Any, own: Any) -> Any:
     if isinstance(common, dict) and isinstance(own, dict):
         return {**common, **{key: _over(common.get(key), value) if key in common else value for key, value in own.items()}}
     return own
+
+
+def _leave_out_batch(merged: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Take the common train.batch from a stage that samples its answers: it is of rows in the data, of which such a stage has none."""
+    named = re.match(r"\w+", str(merged.get("objective", "")))
+    samples = named is not None and named[0] in OBJECTIVES and OBJECTIVES[named[0]].samples
+    common, given = merged.get("train"), own.get("train")
+    if samples and isinstance(common, dict) and not (isinstance(given, dict) and "batch" in given):
+        common.pop("batch", None)
 
 
 def _referred(value: Any, specs: Mapping[str, Spec], folder: Path, where: str) -> Any:

@@ -82,6 +82,8 @@ class RolloutSpec(Section):
     def _fits(self) -> RolloutSpec:
         if self.overlong >= self.max_new_tokens:
             raise ValueError("the penalty on long answers has to begin after their first token: rollout.overlong < rollout.max_new_tokens")
+        if self.minibatches > self.prompts:
+            raise ValueError("each mini-batch has a prompt at least: rollout.minibatches <= rollout.prompts")
         return self
 
 
@@ -164,9 +166,21 @@ def check_rollout(rollout: RolloutSpec, objective: str, *, samples: bool, alone:
         raise _nearest("rollout.tries counts rounds of dynamic sampling.", "rollout.dynamic=true")
     if rollout.kl_target is not None and not settled(rollout, objective, {}).kl:
         raise _nearest("rollout.kl_target steers rollout.kl, which is 0.", "rollout.kl=0.05")
+    _check_idle(rollout, settled(rollout, objective, {}), changed)
     for name in ("turns", "result_tokens"):
         if name in changed and not rollout.tools:
             raise _nearest(f"rollout.{name} is of answers with tools.", "rollout.tools=[path/to/tools.py:function]")
+
+
+def _check_idle(rollout: RolloutSpec, found: Settled, changed: Sequence[str]) -> None:
+    """Refuse keys that nothing would read as the others stand."""
+    if "kl_estimator" in changed and not found.kl:
+        raise _nearest("rollout.kl_estimator is of rollout.kl, which is 0.", "rollout.kl=0.05")
+    if "kl_horizon" in changed and rollout.kl_target is None:
+        raise _nearest("rollout.kl_horizon is of steering rollout.kl, and no rollout.kl_target is set.", "rollout.kl_target=6")
+    if rollout.stop_kl is not None and found.epochs * rollout.minibatches == 1:
+        what = "rollout.stop_kl leaves out later steps of an iteration, and each has one step alone."
+        raise _nearest(what, "rollout.epochs=2")
 
 
 def _check_critic(rollout: RolloutSpec) -> None:

@@ -403,7 +403,7 @@ def _problem(error: ErrorDetails) -> tuple[str, str, Sequence[str]]:
 def _without_types(loc: Sequence[int | str]) -> list[str]:
     """Where a value stands, without the names of types that pydantic adds for each member of a union."""
     path = [str(part) for part in loc]
-    while len(path) > 1 and re.fullmatch(r"str|int|float|bool|(?:list|dict|tuple)\[.*\]", path[-1]):
+    while len(path) > 1 and re.fullmatch(r"str|int|float|bool|(?:list|dict|tuple|literal)\[.*\]", path[-1]):
         path.pop()
     return path
 

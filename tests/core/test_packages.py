@@ -153,7 +153,9 @@ def packed(files: dict[str, bytes]) -> bytes:
 
 def test_an_inner_path_leads_on_into_an_archive_within_the_package(index: Path, pip_calls: Calls) -> None:
     deepest = packed({"deep.txt": b"deep"})
-    make_wheel(index, {"toy_model/rows.tar.gz": packed({"one.txt": b"one", "two.txt": b"two", "rows.tgz": deepest}), "toy_model/rows.zip/x": b"x"})
+    make_wheel(
+        index, {"toy_model/rows.tar.gz": packed({"one.txt": b"one", "two.txt": b"two", "rows.tgz": deepest}), "toy_model/rows.zip/x": b"x"}
+    )
     spec = "pypi:toy-model==1.0/toy_model/rows.tar.gz"
     assert cached(f"{spec}/one.txt") is None
     assert fetch(f"{spec}/one.txt").read_bytes() == b"one" and fetch(spec).is_file()

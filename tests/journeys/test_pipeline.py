@@ -27,7 +27,7 @@ stages:
     data: {{shape: question, columns: {{}}}}
     rewards: ["model(source=@reward)"]
     rollout: {{prompts: 4, samples: 1, max_new_tokens: 6, epochs: 2}}
-    train: {{steps: 4, batch: 32}}
+    train: {{steps: 4}}
 compare: {{systems: ["@dpo", "@ppo", "@reward"], questions: held-out.jsonl}}
 """
 
@@ -70,6 +70,16 @@ def test_one_file_trains_every_stage_on_what_came_before_and_compares_them(types
     again = types("pipeline", "align.yaml", "--resume")
     assert again.exit_code == 0 and again.output.count("is finished; nothing to do") == 4
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+
+
+def test_an_override_of_one_stage_leaves_the_others_as_they_are(types: Types) -> None:
+    from tunesmith.pipeline import load_pipeline
+
+    stages = load_pipeline("align.yaml", ["sft.train.lr=0.5", "train.steps=3"]).stages
+    assert (stages["sft"].train.lr, stages["dpo"].train.lr) == (0.5, 0.01)
+    assert {stage.train.steps for stage in stages.values()} == {3}
+    assert load_pipeline("align.yaml", ["name=other"]).stages["dpo"].name == "other/dpo"
+    assert load_pipeline("align.yaml", ["name=other"]).stages["dpo"].base.model == "runs/other/sft"
 
 
 @pytest.mark.parametrize(

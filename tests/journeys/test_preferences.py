@@ -160,13 +160,12 @@ def test_a_stopped_run_resumes_to_the_same_weights(trained: Types, objective: st
             return judge(self)
 
         patch.setattr(Trainer, "_judge_and_save", stop)
-        told = trained("train", f"{objective}.yaml", "name=again")
+        told = trained("train", f"{objective}.yaml", f"name=again-{objective}")
         assert told.exit_code != 0 and "stopped at step 13" in told.output
-    told = trained("train", f"{objective}.yaml", "name=again", "--resume")
+    told = trained("train", f"{objective}.yaml", f"name=again-{objective}", "--resume")
     assert told.exit_code == 0, told.output
-    ours, theirs = (load_file(f"runs/{name}/adapter/adapter_model.safetensors") for name in ("again", objective))
+    ours, theirs = (load_file(f"runs/{name}/adapter/adapter_model.safetensors") for name in (f"again-{objective}", objective))
     assert all(bool((ours[key] == theirs[key]).all()) for key in theirs)
-    trained("train", f"{objective}.yaml", "name=again", "train.steps=1", "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +175,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(trained: Types, objective: st
         ("kto", ["objective=dpo"], "learns from pairs of answers"),
         ("dpo", ["objective=distil"], "none is named"),
         ("dpo", ["teacher=runs/orpo"], "listens to no teacher"),
+        ("dpo", ["base.model=nowhere", "objective=grpo", "train={steps: 2}", "rewards=[other]"], "unknown reward 'other'"),
         ("dpo", ["adapter=lora(rank=4) + head"], "task head"),
         ("dpo", ["data.train=equal.jsonl", "data.dev=null", "data.test=null"], "equal.jsonl, line 2"),
         ("dpo", ["objective=dpo + classify"], "do not learn from the same rows"),
@@ -190,13 +190,24 @@ def test_what_does_not_go_together_is_refused_with_what_does(types: Types, spec:
     assert said.exit_code != 0 and told in said.output and "Traceback" not in said.output, said.output
 
 
+def test_a_run_that_answers_by_a_task_head_is_neither_teacher_nor_judge(trained: Types) -> None:
+    Path("few.jsonl").write_text("".join(json.dumps({"prompt": f"What is {n}?", "completion": "I love it"}) + "\n" for n in range(8)))
+    words = ("objective=distil", "data.train=few.jsonl", "data.dev=null", "data.test=null", "data.conflicts=keep")
+    told = trained("train", "dpo.yaml", "name=taught", *words, "teacher=runs/reward")
+    assert told.exit_code == 2 and "says nothing in words" in told.output, told.output
+    told = trained("judge", "check", "runs/reward", "pairs-test.jsonl")
+    assert told.exit_code == 2 and "model(source=runs/reward)" in told.output, told.output
+
+
 def test_supervised_learning_takes_the_better_answer_of_a_pair(trained: Types) -> None:
     told = trained("train", "dpo.yaml", "name=better", "objective=sft")
     assert told.exit_code == 0, told.output
     lines = [json.loads(line) for line in Path("runs/better/metrics.jsonl").read_text().splitlines()]
     assert [line["dev_accuracy"] for line in lines if "dev_accuracy" in line][-1] >= 0.7
     said = ts.generate("runs/better", "Say something about the lamp number 3.", max_new_tokens=12)
-    assert isinstance(said, str) and set(said.split()) & set(" ".join(GOOD).split()) and not {"hate", "terrible", "broke"} & set(said.split())
+    assert (
+        isinstance(said, str) and set(said.split()) & set(" ".join(GOOD).split()) and not {"hate", "terrible", "broke"} & set(said.split())
+    )
 
 
 def test_a_student_may_learn_on_its_own_words(trained: Types) -> None:

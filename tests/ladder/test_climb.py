@@ -142,3 +142,36 @@ def test_a_ladder_without_questions_is_refused(spec: Spec, tmp_path: Path) -> No
     bad = spec.model_copy(update={"data": spec.data.model_copy(update={"test": None})})
     with pytest.raises(SpecError, match=r"data\.test is missing"):
         climb(bad, root=tmp_path / "runs")
+
+
+def _aligned(spec: Spec, folder: Path, rows: list[dict[str, object]], **changed: object) -> Spec:
+    (folder / "aligned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = spec.model_dump(exclude_defaults=True)
+    data = {"train": str(folder / "aligned.jsonl"), "test": 6, "dev": 4}
+    return make_spec(
+        {**values, "task": {"max_new_tokens": 4}, "train": {"steps": 2}, **changed, "data": {**data, **changed.pop("data", {})}}
+    )  # type: ignore[dict-item]
+
+
+def test_a_ladder_of_sampling_judges_answers_by_the_task_and_not_by_the_reward(spec: Spec, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(20)]
+    asked = _aligned(
+        spec, tmp_path, rows, data={"shape": "question"}, objective="grpo", rewards=["numeric"],
+        rollout={"prompts": 2, "samples": 2, "max_new_tokens": 4}, climb={"rungs": ["zero_shot", "sft"]},
+    )  # fmt: skip
+    report, _ = climb(asked, root=tmp_path / "runs")
+    assert report.metric == "exact_match"
+
+
+def test_a_reward_model_is_a_rung_that_says_which_answer_is_better(spec: Spec, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": f"Of thing {n}?", "chosen": "good", "rejected": "bad"} for n in range(30)]
+    report, _ = climb(_aligned(spec, tmp_path, rows, objective="reward", climb={"rungs": ["reward"]}), root=tmp_path / "runs")
+    assert report.rungs[0].name == "lora" and report.metric == "accuracy"
+
+
+def test_questions_without_a_right_answer_are_refused_before_a_rung_is_climbed(spec: Spec, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"prompt": f"Of thing {n}?", "completion": f"good {n}", "good": n % 2 == 0} for n in range(30)]
+    asked = _aligned(spec, tmp_path, rows, data={"shape": "rated"}, objective="kto", climb={"rungs": ["sft"]})
+    with pytest.raises(DataError, match="no gold answer"):
+        climb(asked, root=tmp_path / "runs")
+    assert not (tmp_path / "runs" / "ladder" / "train").exists()

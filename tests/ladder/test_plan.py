@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tunesmith.ladder.plan as module
-from tunesmith.core.errors import DataError, RunError
+from tunesmith.core.errors import DataError, RunError, SpecError
 from tunesmith.engine import planning
 from tunesmith.engine.planning import Option, Training, plan_training
 from tunesmith.ladder.plan import plan
@@ -74,3 +74,59 @@ def test_a_base_whose_weights_alone_are_too_large_is_refused_before_it_is_loaded
 def test_mistakes_are_told_as_training_tells_them(spec: Any) -> None:
     with pytest.raises(DataError):
         plan(spec("data.train=none.jsonl"))
+
+
+_PAIRS = [{"prompt": f"Say of thing {n}.", "chosen": "It is good.", "rejected": "It is bad."} for n in range(30)]
+_ANSWERED = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in _PAIRS]
+_RATED = [
+    {"prompt": row["prompt"], "completion": row["chosen" if n % 2 else "rejected"], "good": bool(n % 2)} for n, row in enumerate(_PAIRS)
+]
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "more"),
+    [
+        ("dpo", _PAIRS, {}),
+        ("dpo + 0.2 * sft", _PAIRS, {}),
+        ("reward", _PAIRS, {}),
+        ("kto", _RATED, {"shape": "rated"}),
+        ("distil(beta=0.5)", _ANSWERED, {"conflicts": "keep"}),
+    ],
+)
+def test_runs_that_learn_from_preferences_or_a_teacher_are_foreseen(
+    tiny_base_folder: Path, tmp_path: Path, objective: str, rows: list[dict[str, Any]], more: dict[str, str]
+) -> None:
+    found = plan(_aligned(tiny_base_folder, tmp_path, objective, rows, **more))
+    assert found.fits and found.training.steps == 4 and found.evaluations > 0
+    assert found.training.step_seconds > 0 and found.training.memory.activations > 0
+
+
+def test_mismatched_answers_of_kto_are_no_part_of_its_micro_batches(tiny_base_folder: Path, tmp_path: Path) -> None:
+    rated = plan(_aligned(tiny_base_folder, tmp_path, "kto", _RATED, shape="rated")).training
+    texts = plan(_aligned(tiny_base_folder, tmp_path, "sft", _ANSWERED, conflicts="keep")).training
+    assert rated.largest_pack <= texts.largest_pack + 8 * 2
+
+
+@pytest.mark.parametrize(("objective", "more"), [("grpo", {"rewards": ["numeric"]}), ("distil", {"rollout": {"own": 0.5}})])
+def test_a_run_that_samples_is_not_foreseen_and_it_is_said_what_to_do(
+    tiny_base_folder: Path, tmp_path: Path, objective: str, more: dict[str, Any]
+) -> None:
+    spec = _aligned(tiny_base_folder, tmp_path, objective, _ANSWERED, conflicts="keep")
+    with pytest.raises(SpecError, match="cannot be foreseen") as told:
+        plan(make_spec({**spec.model_dump(exclude_defaults=True), **more, "train": {"steps": 4}}))
+    assert any("train.steps=2" in hint for hint in told.value.hints)
+
+
+def _aligned(base: Path, folder: Path, objective: str, rows: list[dict[str, Any]], **data: str) -> Spec:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values: dict[str, Any] = {
+        "base": {"model": str(base), "dtype": "fp32"},
+        "data": {"train": str(folder / "rows.jsonl"), "dev": 6, **data},
+        "objective": objective,
+        "train": {"steps": 4, "batch": 8} if objective != "grpo" else {"steps": 4},
+    }
+    if objective.startswith("distil"):
+        values["teacher"] = str(base)
+    if objective == "grpo":
+        values["rewards"] = ["numeric"]
+    return make_spec(values)

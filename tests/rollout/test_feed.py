@@ -338,6 +338,10 @@ def test_steps_follow_from_epochs_over_the_prompts(make_run: Make, spec_of: Spec
         ("grpo", {"kl_target": 6.0}, {}, r"rollout.kl_target(.|\n)*rollout.kl=0.05"),
         ("grpo", {"turns": 2}, {}, r"rollout.turns(.|\n)*rollout.tools"),
         ("grpo", {"overlong": 128}, {}, r"rollout.overlong"),
+        ("grpo", {"kl_estimator": "k3"}, {}, r"rollout.kl_estimator(.|\n)*rollout.kl=0.05"),
+        ("ppo", {"kl_horizon": 100}, {}, r"rollout.kl_horizon(.|\n)*rollout.kl_target=6"),
+        ("grpo", {"stop_kl": 0.1}, {}, r"rollout.stop_kl(.|\n)*rollout.epochs=2"),
+        ("grpo", {"prompts": 4, "minibatches": 5}, {}, r"rollout.minibatches <= rollout.prompts"),
         ("grpo", {}, {"sharding": "fsdp"}, r"train.sharding=none"),
         ("distil", {"temperature": 0.7}, {}, r"rollout.own is 0(.|\n)*rollout.own=0.5"),
         ("distil", {"own": 0.5, "samples": 4}, {}, r"rollout.samples"),
@@ -352,3 +356,40 @@ def test_what_does_not_go_together_is_refused_with_what_does(
 
     with pytest.raises(SpecError, match=said):
         make_spec({"base": "tiny", "objective": objective, "rollout": rollout, "train": train})
+
+
+@pytest.mark.parametrize(
+    ("objective", "epochs", "advantage", "dynamic", "truncated", "kl"),
+    [
+        ("grpo", 1, "group", False, "keep", 0.0),
+        ("dr_grpo", 1, "none", False, "keep", 0.0),
+        ("rloo", 1, "leave_one_out", False, "keep", 0.0),
+        ("dapo", 1, "group", True, "mask", 0.0),
+        ("ppo", 4, "group", False, "keep", 0.05),
+    ],
+)
+def test_what_is_left_open_follows_from_the_objective(
+    objective: str, epochs: int, advantage: str, dynamic: bool, truncated: str, kl: float
+) -> None:
+    from tunesmith.rolloutspec import RolloutSpec, settled
+
+    found = settled(RolloutSpec(), objective, {})
+    assert (found.epochs, found.advantage, found.dynamic, found.truncated, found.kl) == (epochs, advantage, dynamic, truncated, kl)
+    told = settled(RolloutSpec(dynamic=not dynamic, kl=1.0), objective, {})
+    assert (told.dynamic, told.kl) == (not dynamic, 1.0)
+
+
+def test_the_divergence_of_a_whole_answer_is_taken_off_the_rewards_of_a_group() -> None:
+    import numpy as np
+
+    from tunesmith.rollout.answers import Held
+    from tunesmith.rollout.credit import give_group_advantages
+    from tunesmith.rolloutspec import RolloutSpec, settled
+
+    rollout = RolloutSpec(samples=2, kl=0.5, advantage="none")
+    held = [Held(0, 0, np.arange(3, dtype=np.int32), np.array([True, True, False])) for _ in range(2)]
+    for one, gap in zip(held, (1.0, 0.0), strict=True):
+        one.given = {"old": np.full(3, -1.0, np.float32), "reference": np.full(3, -1.0 - gap, np.float32)}
+    give_group_advantages(held, [2.0, 0.0], rollout, settled(rollout, "grpo", {}), 0.5)
+    assert held[0].given["advantage"].tolist() == pytest.approx([0.5, 0.5, 0.0])  # 2 - 0.5 * 2 nats, less the mean of 1 and 0
+    assert held[1].given["advantage"].tolist() == pytest.approx([-0.5, -0.5, 0.0])

@@ -351,3 +351,17 @@ def test_a_spec_reads_rewards_as_words_or_entries_and_refuses_what_has_another_f
     for entry, what in entries:
         with pytest.raises(SpecError, match=what):
             make_spec({"base": "x", "rewards": [entry]})
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("numeric(tolerance=x)", "the reward numeric: tolerance should be a valid number, not 'x'"),
+        ("regex(pattern=42)", "the reward regex: pattern should be a valid string, not 42"),
+        ("length(target=3, unit=pages)", "unit should be"),
+        ("code(share=1)", "share should be a valid boolean"),
+    ],
+)
+def test_an_option_of_another_type_than_its_reward_takes_is_refused(written: str, told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        open_reward(written)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunesmith.adapters import load_adapter
 from tunesmith.bases import Base, load_base
-from tunesmith.core.errors import DataError
+from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.record import Record
 from tunesmith.core.row import Row, segment
 from tunesmith.engine.critic import Critic
@@ -213,3 +213,9 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused_or_left_out(make_r
     assert [prompt.record.where for prompt in rollouts(model, spec, long, choosy, None, start=start).prompts] == ["line 3"]
     with pytest.raises(DataError, match="no prompt leaves room"):
         rollouts(model, spec, long[1:], choosy, None, start=start)
+    spec.data.max_tokens = 10
+    with pytest.raises(DataError, match=r"no prompt leaves room(.|\n)*data.max_tokens holds 10"):
+        rollouts(model, spec, long, choosy, None, start=start)
+    spec.data.overlong = "truncate-left-of-prompt"
+    with pytest.raises(SpecError, match="are not cut"):
+        rollouts(model, spec, long, choosy, None, start=start)

@@ -173,7 +173,7 @@ class _Making:
         asked = {name for name in _WITH if self.given[name] not in (None, False, [], (), _DEFAULTS.get(name))}
         for name in sorted(asked):
             if not any(given[other] for other in _WITH[name]):
-                needed = " or ".join(f"--{other}" for other in _WITH[name])
+                needed = " or ".join("--" + other.replace("_", "-") for other in _WITH[name])
                 option = "--" + name.replace("_", "-")
                 raise SpecError(f"{option} changes nothing without {needed}.", where=option, hints=["Leave it out, or name one."])
         if given["reward"] and given["judge"]:

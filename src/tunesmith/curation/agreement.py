@@ -33,6 +33,7 @@ class Share:
     of: int
 
     def as_dict(self) -> dict[str, Any]:
+        """Plain values, with how many pairs it is of."""
         return {"value": self.value, "low": self.low, "high": self.high, "pairs": self.of}
 
 

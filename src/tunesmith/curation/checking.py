@@ -81,6 +81,7 @@ class Checked:
 
     @property
     def better_than_chance(self) -> bool:
+        """Does the interval of its agreement lie above one half?"""
         return self.agreement.low > 0.5
 
     def as_dict(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Source:
 
     @property
     def items(self) -> bool:
+        """Is each row a text by itself, which has no prompt?"""
         return self.kind == "items"
 
 

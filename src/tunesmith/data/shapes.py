@@ -135,9 +135,7 @@ def _readings(kind: str, raw: RawRow, options: ReadOptions) -> list[Reading]:
         parts = ("prompt", *parts)
     found = [_matches(part, raw, options) for part in parts]
     choices = [
-        Reading(kind, dict(zip(parts, columns, strict=True)))
-        for columns in itertools.product(*found)
-        if len(set(columns)) == len(columns)
+        Reading(kind, dict(zip(parts, columns, strict=True))) for columns in itertools.product(*found) if len(set(columns)) == len(columns)
     ]
     if kind == "ranking" and not (options.shape or "answers" in options.columns):  # a list of answers may be of equally good ones
         scored = bool(_matches("scores", raw, options))
@@ -204,6 +202,7 @@ def _unreadable(raw: RawRow, options: ReadOptions) -> DataError:
         "  data.columns.text=NAME data.columns.label=NAME",
         "  data.columns.prompt=NAME data.columns.completion=NAME",
         "  data.columns.messages=NAME",
+        "  data.columns.chosen=NAME data.columns.rejected=NAME",
         f"Or see the rows:   tunesmith data show {raw.source}",
     ]
     return DataError(f"no column is known to hold a text or a dialogue (its keys: {_keys(raw)}).", where=raw.where, hints=hints)

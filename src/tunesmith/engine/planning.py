@@ -25,7 +25,7 @@ from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.compiling import compiled, decide
 from tunesmith.engine.dealing import deal
 from tunesmith.engine.feed import mean_tokens, rows_of_step, total_steps
-from tunesmith.engine.losses import Beside, loss_of, weight_of
+from tunesmith.engine.losses import Beside, loss_of, parts_of, weight_of
 from tunesmith.engine.measuring import (
     Passed,
     Saved,
@@ -41,8 +41,9 @@ from tunesmith.engine.measuring import (
 )
 from tunesmith.engine.memory import recomputing
 from tunesmith.engine.model import Model
-from tunesmith.objectives import OBJECTIVES
-from tunesmith.spec import Spec, objective_call
+from tunesmith.engine.teaching import taught
+from tunesmith.engine.units import parted
+from tunesmith.spec import Spec
 
 _SAMPLE = 48
 """Steps whose packs are looked at, evenly spread over the run."""
@@ -147,9 +148,12 @@ class _Line:
         return cls(v - slope * u, slope)
 
 
-def plan_training(model: Model, rows: Sequence[Row], spec: Spec) -> Training:
-    """Predict the steps of a run of `model`, whose last adapter is to be trained, over rows. The weights stay as they are."""
-    return _Planner(model, rows, spec).plan()
+def plan_training(model: Model, rows: Sequence[Row], spec: Spec, teacher: Model | None = None) -> Training:
+    """Predict the steps of a run of `model`, whose last adapter is to be trained, over rows. The weights stay as they are.
+
+    teacher: the model whose probabilities the objective reads, if it does.
+    """
+    return _Planner(model, rows, spec, teacher).plan()
 
 
 @dataclass(slots=True)
@@ -218,11 +222,13 @@ class _Again:
 
 
 class _Planner:
-    def __init__(self, model: Model, rows: Sequence[Row], spec: Spec) -> None:
-        self.model, self.rows, self.spec = model, rows, spec
+    def __init__(self, model: Model, rows: Sequence[Row], spec: Spec, teacher: Model | None) -> None:
+        self.model, self.spec, self.teacher = model, spec, teacher
+        self.rows, others = parted(rows)
+        self.drifts = bool(others)  # answers to other prompts are read without gradient before each step
         self.device = model.base.device
-        call = objective_call(spec.objective)
-        self.objective, self.options = OBJECTIVES[call.name], call.options
+        self.parts = parts_of(spec.objective)
+        self.objective, self.options = self.parts[0].objective, self.parts[0].options
         forward = model.forward
         self.size = forward.size
         self.shares = spec.train.neftune is None and forward.packed and forward.causal
@@ -241,6 +247,8 @@ class _Planner:
         kernels = round(found.kernels * max(0.0, lengths - len(found.run)))
         memory, update = self._memory(found, largest, several, kernels)
         seconds = (sum(map(found.seconds, packs)) + found.making * len(packs) * (len(set(packs)) > 1)) / len(steps)
+        if self.drifts and found.run:
+            seconds *= 1 + found.run[-1][1].forward_seconds / found.run[-1][1].seconds
         seconds += update_seconds(self.own, train)
         fixed = memory.total - round(found.peak(largest, found.again))
         return Training(
@@ -352,8 +360,10 @@ class _Planner:
 
     def _loss(self, batch: list[Row]) -> Tensor:
         forward = self.model.forward
-        logging, kl = self.spec.train.log_every == 1, torch.zeros(())
-        loss = loss_of(forward, self.model.adapter, forward.pack(batch), self.objective, self.options, logging=logging, beside=Beside(kl))
+        logging = self.spec.train.log_every == 1
+        told = None if self.teacher is None else taught(self.teacher, batch)
+        beside = Beside(torch.zeros(()), teacher=told, others=self.parts[1:])
+        loss = loss_of(forward, self.model.adapter, forward.pack(batch), self.objective, self.options, logging=logging, beside=beside)
         return loss.total / max(1.0, weight_of(batch, self.objective, self.options) or 1.0)
 
     def _clear(self) -> None:

@@ -20,8 +20,11 @@ def taught(teacher: Model, rows: Sequence[Row]) -> Teacher:
 
 
 def check_teacher(teacher: Model, student: Model) -> None:
-    """Raises BaseError unless both speak in the same tokens."""
+    """Raises BaseError unless the teacher speaks at all, and both in the same tokens."""
     teacher.forward.require_decoder()
+    if teacher.head is not None:
+        what = "the teacher was trained to answer by its task head, and says nothing in words."
+        raise BaseError(what, where="teacher", hints=["A teacher is a model, or a run of an objective that learns from words."])
     if teacher.base is student.base:
         return
     theirs, ours = (dict(model.base.tokenizer.get_vocab()) for model in (teacher, student))

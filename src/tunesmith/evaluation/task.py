@@ -119,7 +119,9 @@ class Task:
         for record in records:
             answer = self.gold(record)
             if answer is None:
-                raise DataError("the question has no gold answer to judge by.", where=record.where)
+                hints = ["Preferences are judged by pairs:  {prompt, chosen, rejected}"] if record.shape == "rated" else []
+                hints += ["A file of pairs is read as such with:  data.shape=pair"] if record.shape == "question" else []
+                raise DataError("the question has no gold answer to judge by.", where=record.where, hints=hints)
             if self.kind in _SHAPES.values() and _SHAPES.get(record.shape) != self.kind:
                 raise DataError(f"the row reads as '{record.shape}', and the task asks for {_ASKS[self.kind]}.", where=record.where)
             if self.kind == "label" and answer not in self.labels:

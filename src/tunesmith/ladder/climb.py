@@ -44,6 +44,7 @@ def climb(
         _begin(folder, spec, resume)
         job = prepare(on_dtype_of(spec, folder.environment()) if folder.started else spec, reporter=reporter)
         check_rungs_of(spec, job.start)
+        job.task.check(job.splits.test)
         if not folder.started:
             folder.begin(spec, environment(job.base))
         job.keep_base = spec.climb.rungs[-1].split("(")[0].strip() not in TRAINING
@@ -90,10 +91,10 @@ def _one_rung(job: Job, folder: RunFolder, expression: str, rung: Rung, taken: l
     interval = evaluation.interval()
     job.reporter.line(
         "rung",
-        f"{rung.name}: {job.metric_name} {evaluation.score:.3f} ({interval.low:.3f} to {interval.high:.3f}) · "
+        f"{rung.name}: {job.asked_metric} {evaluation.score:.3f} ({interval.low:.3f} to {interval.high:.3f}) · "
         f"{evaluation.prompt_tokens:.0f} + {evaluation.completion_tokens:.0f} tokens and {evaluation.seconds:.3f} s an answer",
     )
-    return Climbed(rung, evaluation, _curve(rung, job.metric_name))
+    return Climbed(rung, evaluation, _curve(rung, job.asked_metric))
 
 
 def _curve(rung: Rung, metric: str) -> list[CurvePoint]:

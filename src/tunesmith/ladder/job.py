@@ -157,10 +157,16 @@ class Job:
 
     @property
     def metric_name(self) -> str:
+        """What training is judged by on dev."""
         if compares(objective_of(self.spec)):
             return "accuracy"
         if objective_of(self.spec).samples:
             return "reward"
+        return self.asked_metric
+
+    @property
+    def asked_metric(self) -> str:
+        """What answers to questions are judged by, whatever was trained on."""
         metric = self.task.metric
         return metric if isinstance(metric, str) else next(iter(metric))
 
@@ -170,9 +176,9 @@ def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model 
     reporter = reporter or Quiet()
     check_teaching(spec)
     splits = load_splits(spec.data, reporter)
+    rewards = check_rewards(spec, splits.train)
     start = base if isinstance(base, Model) else Model(base) if base is not None else load_start(spec, reporter)
     witnesses = splits.witnesses or splits.train
-    rewards = check_rewards(spec, splits.train)
     job = Job(spec, start, splits, make_task(spec.task, witnesses), reporter, notes=[*splits.notes], rewards=rewards)
     check_objective(spec, start, job.task, witnesses)
     for part in () if objective_of(spec).samples or compares(objective_of(spec)) else (splits.dev, splits.test):

@@ -15,7 +15,7 @@ from tunesmith.adapters.sites import blocks
 from tunesmith.bases.fingerprint import weight_files
 from tunesmith.bases.hardware import pick_device, pick_dtype
 from tunesmith.bases.source import locate
-from tunesmith.core.errors import AdapterError, RunError
+from tunesmith.core.errors import AdapterError, RunError, SpecError
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.engine.measuring import MB, held, peak_of, room
 from tunesmith.engine.model import Model
@@ -26,6 +26,9 @@ from tunesmith.evaluation.evaluate import System, evaluate
 from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.ladder.data import take
 from tunesmith.ladder.job import Job, prepare, trainable_model
+from tunesmith.ladder.objective import compares, objective_of
+from tunesmith.ladder.preferring import judge_answers
+from tunesmith.ladder.teachers import teacher_of
 from tunesmith.spec import Spec
 
 _ASKED = 16
@@ -91,14 +94,16 @@ class Plan:
 def plan(spec: Spec, *, reporter: Reporter | None = None) -> Plan:
     """Predict peak memory and time of `train(spec)`, by measuring small parts of it. Nothing is written but caches.
 
-    Raises what training would raise for a bad spec or bad data, and RunError where not even the base's weights fit.
+    Raises what training would raise for a bad spec or bad data, SpecError for an objective whose answers are sampled, and RunError
+    where not even the base's weights fit.
     """
     reporter = reporter or Quiet()
+    _refuse_sampling(spec)
     _refuse_too_large(spec, reporter)
     job = prepare(spec, reporter=reporter)
-    rows = job.rows
+    rows, teacher = job.rows, teacher_of(job)
     model = trainable_model(job)
-    training = plan_training(model, rows, spec)
+    training = plan_training(model, rows, spec, teacher)
     out = Plan(
         base=job.base.describe(),
         device=str(job.base.device),
@@ -121,11 +126,14 @@ def _add_evaluation(out: Plan, job: Job, model: Model) -> None:
     every = train.evaluate_every or max(1, steps // 8)
     out.evaluations = steps // every + (steps % every > 0)
     asked = records[:_ASKED]
-    device = job.base.device
+    device, rows = job.base.device, job.dev_rows[:_ASKED] if compares(objective_of(job.spec)) else []
     before = held(device)
     with peak_of(device) as peak:
         began = time.perf_counter()
-        evaluate(System("dev", model, zero_shot(job.task)), job.task, asked)
+        if rows:
+            judge_answers(job, model, rows)
+        else:
+            evaluate(System("dev", model, zero_shot(job.task)), job.task, asked)
         seconds = time.perf_counter() - began
         rise = peak() - before
     share = min(len(records), _AT_ONCE) / len(asked) if len(records) > len(asked) else 1.0
@@ -134,7 +142,19 @@ def _add_evaluation(out: Plan, job: Job, model: Model) -> None:
     out.evaluation_seconds = seconds * len(records) / len(asked)
 
 
-# What does not fit
+# What does not fit, and what cannot be foreseen
+
+
+def _refuse_sampling(spec: Spec) -> None:
+    """Answers that do not exist yet have no length; nor is it known how many of them will be learned from."""
+    samples = objective_of(spec).samples
+    if not samples and not spec.rollout.own:
+        return
+    what = f"objective {objective_of(spec).name} learns from answers that the policy samples, and their lengths cannot be foreseen."
+    hints = ["Try a few steps; the run says its peak and its seconds:  tunesmith train SPEC name=try train.steps=2"]
+    if not samples:
+        hints.append("Or plan the steps on the texts of the data:  rollout.own=0")
+    raise SpecError(what, where="objective" if samples else "rollout.own", hints=hints)
 
 
 def _refuse_too_large(spec: Spec, reporter: Reporter) -> None:

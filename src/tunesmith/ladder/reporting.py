@@ -34,7 +34,7 @@ def build_report(job: Job, done: list[Climbed], environment: dict[str, Any]) -> 
         title=f"{job.task.name}: which adaptation was worth it?",
         task=job.task,
         base=job.base.name,
-        metric=job.metric_name,
+        metric=job.asked_metric,
         margin=spec.climb.margin,
         target=spec.climb.target,
         show=spec.climb.show,

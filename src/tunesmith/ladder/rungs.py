@@ -116,6 +116,12 @@ def _choose(job: Job, folder: Path) -> Rung:
     return _fine_tuned(job, folder, "its task head answers")
 
 
+@rung("reward")
+def _reward(job: Job, folder: Path) -> Rung:
+    """The spec's adapter with a task head, trained on answers held against one another; the head says which is better."""
+    return _fine_tuned(job, folder, "its task head answers")
+
+
 def _fine_tuned(job: Job, folder: Path, how: str) -> Rung:
     run = _trained(job, folder / TRAINED)
     adapter = run.model.adapter.expression

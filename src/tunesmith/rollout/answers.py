@@ -58,16 +58,18 @@ def prompts_of(
     ask: Callable[[Record], Sequence[Message]],
     room: int,
     *,
+    limit: int | None = None,
     drop: bool = False,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[Prompt]:
     """Records as prompts. ask: what is asked of a record. room: tokens that an answer may take. tools: schemas of those that may be
-    called, in place of the record's own.
+    called, in place of the record's own. limit: tokens of a prompt with its answer, where that is less than the context.
 
-    drop: leave out prompts after which there is no room in the context. Raises DataError for them otherwise, and where none is left.
+    drop: leave out prompts after which there is no room. Raises DataError for them otherwise, and where none is left.
     """
     found: list[Prompt] = []
-    context, renderer = model.context_length, model.renderer
+    context, renderer = min(filter(None, (model.context_length, limit)), default=None), model.renderer
+    bound = "data.max_tokens" if context is not None and context == limit else "the context"
     longest = 0
     for record in records:
         messages = tuple(ask(record))
@@ -77,13 +79,13 @@ def prompts_of(
         if context and len(ids) + room > context:
             if drop:
                 continue
-            what = f"the prompt takes {len(ids):,} tokens; with an answer of {room:,} it exceeds the context of {context:,}."
+            what = f"the prompt takes {len(ids):,} tokens; with an answer of {room:,} it exceeds {bound} of {context:,}."
             shorter = f"Sample shorter answers:  rollout.max_new_tokens={max(1, context - len(ids))}"
             raise DataError(what, where=record.where, hints=[shorter, "Or leave it out:  data.overlong=drop"])
         found.append(Prompt(record, messages, ids))
     if not found:
         what = f"no prompt leaves room for an answer of {room:,} tokens." if records else "there are no prompts to answer."
-        raise DataError(what, hints=[f"The longest has {longest:,} tokens, and the context holds {context:,}."] if longest else [])
+        raise DataError(what, hints=[f"The longest has {longest:,} tokens, and {bound} holds {context:,}."] if longest else [])
     return found
 
 

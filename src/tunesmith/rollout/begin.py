@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tunesmith.adapters import Way, save_adapter, states_width
+from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Reporter
 from tunesmith.core.record import Message, Record
 from tunesmith.engine.checkpoint import new_folder
@@ -75,9 +76,12 @@ class Answering(Protocol):
 def _playing(model: Model, spec: Spec, records: Sequence[Record], ask: Ask) -> tuple[list[Prompt], Answering]:
     """The prompts of records, and how they are answered."""
     rollout, drop = spec.rollout, spec.data.overlong == "drop"
+    if spec.data.overlong == "truncate-left-of-prompt":
+        what = "prompts that the policy answers are not cut: its answers would be to other questions than their rewards are."
+        raise SpecError(what, where="data.overlong", hints=["Nearest that works here:  data.overlong=drop"])
     tools = load_tools(rollout.tools)
     schemas = [tool.schema for tool in tools.values()]
-    prompts = prompts_of(model, records, ask, rollout.max_new_tokens, drop=drop, tools=schemas)
+    prompts = prompts_of(model, records, ask, rollout.max_new_tokens, limit=spec.data.max_tokens, drop=drop, tools=schemas)
     return prompts, Player(model, tools, rollout).play if tools else partial(answer_prompts, model)
 
 

@@ -30,6 +30,7 @@ _ALONE = 2_000_000_000
 
 
 def main() -> NoReturn:
+    """Read a task from standard input, shut this process in as it says, and run its tests."""
     task = json.loads(sys.stdin.buffer.read())
     try:
         if task["limits"]["isolation"] == "full":

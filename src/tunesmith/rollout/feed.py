@@ -266,7 +266,8 @@ class Rollouts:
         if gathered.problems:
             self.reporter.line("rewards", f"{len(gathered.problems)} answers were passed over; {gathered.problems[0]}")
         shown = bool(self.spec.show) and self._iteration % self.spec.show == 0
-        if self.settled.dynamic and len(gathered.groups) < self.spec.prompts and (shown or not self._told):
+        idle = not any(one.used for one in self._held or ())  # nothing is learned in this iteration, which a user has to know
+        if (idle or (self.settled.dynamic and len(gathered.groups) < self.spec.prompts)) and (shown or not self._told):
             say_degenerate(self.reporter, gathered, self.spec.prompts, self._iteration)
             self._told = True
         if shown:

@@ -316,7 +316,13 @@ def _open(source: str, key_env: str | None, base: Base | None, reporter: Reporte
     if is_server(source):
         return connect(source, key_env=key_env, reporter=reporter)
     if is_run(source):
-        return open_run(source, base=base)
+        run = open_run(source, base=base)
+        if run.head is not None:
+            what = f"{source} answers by its task head, and a judge answers in words."
+            raise SpecError(
+                what, hints=[f"As a reward it is written:  model(source={source})", "To measure it:  tunesmith evaluate RUN PAIRS"]
+            )
+        return run
     loaded = load_base(source, reporter=reporter)
     return Model(loaded, name=loaded.name)
 

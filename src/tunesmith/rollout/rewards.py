@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from tunesmith.bases import Base
 from tunesmith.core.errors import SpecError, TunesmithError
@@ -19,7 +20,7 @@ from tunesmith.rewardspec import RewardSpec, function_of, reward_call, reward_sp
 from tunesmith.rollout import builtin  # noqa: F401  (fills the table)
 from tunesmith.rollout.comparing import rewards_of
 from tunesmith.rollout.functions import by_names, load_function
-from tunesmith.rollout.rewarding import REWARDS, RewardError, Scoring, is_async
+from tunesmith.rollout.rewarding import REWARDS, Kind, RewardError, Scoring, is_async
 from tunesmith.rollout.sample import Sample, groups_of_samples
 
 LARGEST = 1e6
@@ -77,6 +78,7 @@ def open_reward(given: str | Mapping[str, Any] | RewardSpec, columns: Collection
     assert call is not None
     kind = REWARDS[call.name]
     check_options(kind.make, call.options, kind=f"reward {call.name}")
+    _check_values(kind, call.options)
     missing = [p.name for p in inspect.signature(kind.make).parameters.values() if p.default is p.empty and p.name not in call.options]
     if missing:
         raise SpecError(f"the reward {call.name} needs {missing[0]}.", hints=[f"Form:  {call.name}({missing[0]}=...)"])
@@ -85,6 +87,18 @@ def open_reward(given: str | Mapping[str, Any] | RewardSpec, columns: Collection
     if kind.compares and spec.batch is not None:
         raise SpecError(f"the reward {call.name} compares, so it is called once a prompt.", hints=["Leave out:  batch"])
     return Reward(spec.name or call.name, spec, kind.make(**call.options), kind.compares)
+
+
+def _check_values(kind: Kind, options: Mapping[str, Any]) -> None:
+    """Raises SpecError for the first option whose value is not of the type that its maker's signature says."""
+    types = get_type_hints(kind.make)
+    for name, value in options.items():
+        try:
+            TypeAdapter(types[name]).validate_python(value, strict=True)
+        except ValidationError as cause:
+            told = cause.errors()[0]["msg"].removeprefix("Input ")
+            what = f"the reward {kind.name}: {name} {told}, not {value!r}."
+            raise SpecError(what, hints=["Text that reads as a number stands in quotes:  '42'"] if types[name] is str else []) from None
 
 
 class Rewards:

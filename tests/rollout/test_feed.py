@@ -239,6 +239,13 @@ def test_a_prompt_that_nothing_can_be_learned_from_is_reported_and_skipped_and_a
     assert (line["degenerate"], line["rounds"], line["loss"]) == (1.0, 2.0, 0.0)
 
 
+def test_an_iteration_that_teaches_nothing_is_told_without_dynamic_sampling_too(make_run: Make, spec_of: SpecOf) -> None:
+    said = Lines()
+    make_run(spec_of("grpo", train={"steps": 2}), score=of_prompt(-1), reporter=said).run()
+    told = [text for topic, text in said.lines if topic == "rollout"]
+    assert told == ["iteration 1: the answers to each prompt were rewarded alike, or not at all; nothing is learned in it"]
+
+
 # Rewards and penalties
 
 

@@ -266,8 +266,12 @@ class Rollouts:
         if gathered.problems:
             self.reporter.line("rewards", f"{len(gathered.problems)} answers were passed over; {gathered.problems[0]}")
         shown = bool(self.spec.show) and self._iteration % self.spec.show == 0
-        idle = not any(one.used for one in self._held or ())  # nothing is learned in this iteration, which a user has to know
-        if (idle or (self.settled.dynamic and len(gathered.groups) < self.spec.prompts)) and (shown or not self._told):
+        idle = not self.settled.dynamic and not any(one.used for one in self._held or ())
+        if idle and (shown or not self._told):
+            said = "the answers to each prompt were rewarded alike, or not at all; nothing is learned in it"
+            self.reporter.line("rollout", f"iteration {self._iteration + 1}: {said}")
+            self._told = True
+        if self.settled.dynamic and len(gathered.groups) < self.spec.prompts and (shown or not self._told):
             say_degenerate(self.reporter, gathered, self.spec.prompts, self._iteration)
             self._told = True
         if shown:

@@ -20,7 +20,7 @@ import torch
 from tunesmith.bases import Base, load_base
 from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Reporter
-from tunesmith.core.record import Message, Record
+from tunesmith.core.record import Message, Record, as_messages
 from tunesmith.engine.asking import Question
 from tunesmith.engine.local import InProcess, answerer
 from tunesmith.engine.mixing import Choice, chosen
@@ -233,7 +233,7 @@ def choose(system: Askable, question: str | Sequence[Message], candidates: Seque
     question: a text or the turns of a dialogue; "" where answers stand alone. Errors: as for `classify`.
     """
     model, asked = _with_head(system, "choice", None)
-    turns = tuple(_dialogue(question)) if question else ()
+    turns = tuple(as_messages(question)) if question else ()
     answers = tuple(({"role": "assistant", "content": text},) for text in candidates)
     record = Record("ranking", messages=turns, answers=answers, where="the question")
     made = Task("choice", "choice", system=asked.system, instruction=asked.instruction)
@@ -277,7 +277,7 @@ def generate(
     base, a Model on that base, or None for the base alone. on_text: called with each piece of text as it appears (for one prompt).
     """
     many = not isinstance(prompt, str) and not (prompt and isinstance(prompt[0], Mapping))
-    dialogues: list[list[Message]] = [_dialogue(one) for one in (prompt if many else [prompt])]
+    dialogues: list[list[Message]] = [as_messages(one) for one in (prompt if many else [prompt])]
     model = open(system)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, min_p, tuple(stop), seed)
     say = (lambda index, piece: on_text(piece)) if on_text is not None else None
@@ -297,10 +297,6 @@ def _mixture(model: Model | Server, adapters: Sequence[Choice], prompts: int) ->
     if len(adapters) != prompts:
         raise SpecError(f"{len(adapters)} adapters for {prompts} prompts.", hints=["One for each, None for the base alone."])
     return InProcess(model, shorten=False, each=chosen(model.base, adapters))
-
-
-def _dialogue(prompt: Any) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
 def _task_and_records(

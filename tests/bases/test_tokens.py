@@ -60,7 +60,8 @@ def test_a_token_that_is_known_already_is_not_added_twice(folder: Path) -> None:
 
 def test_new_tokens_on_an_encoder(bert_folder: Path) -> None:
     base = load_base(bert_folder, new_tokens=["<x>"])
-    base.model(torch.tensor([base.new_token_ids]))
+    states = base.model(torch.tensor([base.new_token_ids])).last_hidden_state
+    assert len(base.new_token_ids) == 1 and states.shape[1] == 1 and bool(states.isfinite().all())
 
 
 @pytest.mark.parametrize("tokens", [[""], [" "], [3]])

@@ -66,6 +66,9 @@ def test_an_existing_file_is_not_lost_and_a_held_out_one_not_leaked(tunesmith, t
         (["--columns", "points=score"], "unknown role of a column"),
         (["--split-by", "group"], "no group to split by"),
         (["--weight", "1", "--weight", "2"], "1 sources and 2 weights"),
+        (["--weight", "1"], "--weight is of several sources"),
+        (["--raters", "same"], "--raters is of raters' ratings"),
+        (["--per-item", "5"], "--per-item is of texts without a prompt"),
     ],
 )
 def test_mistakes_are_told_with_what_to_do(tunesmith, tmp_path, words, said) -> None:

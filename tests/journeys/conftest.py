@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 SOURCES = Path(__file__).resolve().parents[2] / "src"
 THINGS = ("phone", "film", "book", "soup", "chair", "song", "train", "game", "shoe", "lamp")
@@ -41,6 +43,28 @@ class User:
 def user_in() -> Callable[[Path], User]:
     """A user in this folder."""
     return User
+
+
+@contextmanager
+def _typed_in(folder: Path) -> Iterator[Callable[..., Result]]:
+    own = {"COLUMNS": "200", "TUNESMITH_CACHE": str(folder / "cache"), "TUNESMITH_DTYPE": "fp32"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for key, value in own.items():
+            patch.setenv(key, value)
+
+        def run(*words: object) -> Result:
+            from tunesmith.cli.app import app
+
+            return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+
+        yield run
+
+
+@pytest.fixture(scope="session")
+def typed_in() -> Callable[[Path], AbstractContextManager[Callable[..., Result]]]:
+    """The command, in this process, within a folder."""
+    return _typed_in
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 NAMES, CITIES = ("ada", "bo", "cy", "dee"), (("rome",), ("oslo",), ("new", "york"))
 MOODS = {"awful": -2.0, "bad": -1.0, "fine": 1.0, "great": 2.5}
@@ -68,7 +68,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def types(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_base_folder: Path) -> Iterator[Types]:
+def types(typed_in: Any, tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_base_folder: Path) -> Iterator[Types]:
     """The command, in process, in a folder with samples and a spec for each kind of head and base."""
     folder, rng = tmp_path_factory.mktemp("kinds"), random.Random(1)
     for kind, columns in (("tag", ""), ("regress", ", columns: {value: score}"), ("choose", "")):
@@ -87,16 +87,7 @@ def types(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_base_f
     (folder / "lines.conll").write_text(
         "\n\n".join("\n".join(f"{w}\t{t}" for w, t in zip(*one, strict=True)) for one in sentences(20, rng))
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for key, value in (("COLUMNS", "200"), ("TUNESMITH_CACHE", str(folder / "cache")), ("TUNESMITH_DTYPE", "fp32")):
-            patch.setenv(key, value)
-
-        def run(*words: object) -> Result:
-            from tunesmith.cli.app import app
-
-            return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-
+    with typed_in(folder) as run:
         yield run
 
 

@@ -6,9 +6,10 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 Types = Callable[..., Result]
 
@@ -34,25 +35,17 @@ compare: {{systems: ["@dpo", "@ppo", "@reward"], questions: held-out.jsonl}}
 
 def pairs(count: int, rng: random.Random) -> list[dict[str, str]]:
     things = ("phone", "film", "book", "soup", "chair", "song")
-    return [{"prompt": f"What of the {rng.choice(things)} number {rng.randrange(99)}?", "chosen": "I love it", "rejected": "I hate it"} for _ in range(count)]  # fmt: skip  # noqa: E501
+    prompts = [f"What of the {rng.choice(things)} number {rng.randrange(99)}?" for _ in range(count)]
+    return [{"prompt": prompt, "chosen": "I love it", "rejected": "I hate it"} for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
-def types(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[Types]:
+def types(typed_in: Any, tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[Types]:
     folder, rng = tmp_path_factory.mktemp("pipeline"), random.Random(1)
     for name, count in (("pairs", 40), ("held-out", 16)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(count, rng)))
     (folder / "align.yaml").write_text(PIPELINE.format(base=tiny_base_folder))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for key, value in (("COLUMNS", "200"), ("TUNESMITH_CACHE", str(folder / "cache")), ("TUNESMITH_DTYPE", "fp32")):
-            patch.setenv(key, value)
-
-        def run(*words: object) -> Result:
-            from tunesmith.cli.app import app
-
-            return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-
+    with typed_in(folder) as run:
         yield run
 
 

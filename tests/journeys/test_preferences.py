@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 import tunesmith as ts
 
@@ -50,7 +50,7 @@ OBJECTIVES = {
 
 
 @pytest.fixture(scope="module")
-def types(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[Types]:
+def types(typed_in: Any, tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> Iterator[Types]:
     """The command, in process, in a folder with samples."""
     folder, rng = tmp_path_factory.mktemp("preferences"), random.Random(1)
     for kind, make in MAKERS.items():
@@ -65,16 +65,7 @@ def types(tmp_path_factory: pytest.TempPathFactory, tiny_base_folder: Path) -> I
             f"objective: {objective}\n"
             "train: {steps: 24, batch: 16, lr: 1e-2, evaluate_every: 12}\n"
         )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for key, value in (("COLUMNS", "200"), ("TUNESMITH_CACHE", str(folder / "cache")), ("TUNESMITH_DTYPE", "fp32")):
-            patch.setenv(key, value)
-
-        def run(*words: object) -> Result:
-            from tunesmith.cli.app import app
-
-            return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-
+    with typed_in(folder) as run:
         yield run
 
 

@@ -152,6 +152,7 @@ class _Making:
         if given["out"] is not None:
             refuse_existing(given["out"], ["train", *sizes], given["overwrite"])
         read = self._sources()
+        self._check_used(read)
         held_out = {name: self._held_out(name) for name in given["held_out"] or []}
         labels, sampler = self._labels(), self._sampler()
         found = build(read, recipe, labels=labels, sampler=sampler, held_out=held_out)
@@ -184,6 +185,21 @@ class _Making:
             )
         if given["split_by"] == "group" and not (given["group_up_to"] or "group" in mapping(given["columns"])):
             raise SpecError("there is no group to split by.", where="--split-by", hints=["Name its column:  --columns group=NAME"])
+
+    def _check_used(self, read: Sequence[Any]) -> None:
+        """Refuse options that nothing of what was read has a use for."""
+        answers = [one for source in read for one in source.answers]
+        scored = bool(self.given["reward"] or self.given["judge"]) or any(one.scores and not one.ratings for one in answers)
+        uses = {
+            "raters": (self.given["raters"] != "any", any(one.ratings for one in answers), "raters' ratings"),
+            "soften": (self.given["soften"] > 0, scored, "scores without raters"),
+            "per_item": (self.given["per_item"] != 2, any(source.items for source in read), "texts without a prompt"),
+            "weight": (len(self.given["weight"] or ()) == len(read) == 1, False, "several sources"),
+        }
+        for name, (asked, used, wanted) in uses.items():
+            if asked and not used:
+                option = "--" + name.replace("_", "-")
+                raise SpecError(f"{option} is of {wanted}, and there are none here.", where=option, hints=["Leave it out."])
 
     def _rules(self) -> Any:
         from tunesmith.curation.pairs import Rules

@@ -118,6 +118,11 @@ class Record:
         return places[-1] if places else None
 
 
+def as_messages(prompt: str | Iterable[Message]) -> list[Message]:
+    """A prompt as a dialogue: a text is what a user says, messages are themselves."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
 def said(answer: Iterable[Message]) -> str:
     """An answer as an identity: what its messages say and call, spaces folded."""
     turns = list(answer)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from tunesmith.core.errors import DataError, LeakError, SpecError
+from tunesmith.core.joining import Joined
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.record import Record
 from tunesmith.curation.pairs import Answers, Pair, Rules, drawn, folded, kept, merged, mixed, ordered, pairs_of
@@ -157,26 +158,18 @@ def _split(units: Sequence[_Unit], recipe: Recipe) -> dict[str, list[_Unit]]:
 
 def _joint(units: Sequence[_Unit]) -> list[str | None]:
     """The group of each unit; pairs without a prompt that share a text, directly or through others, are of one group."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
+    joined = Joined()
     loose = [unit.content for unit in units if isinstance(unit.content, Pair) and not unit.content.prompt]
     for pair in loose:
-        parent[root(folded(pair.chosen))] = root(folded(pair.rejected))
+        joined.join(folded(pair.chosen), folded(pair.rejected))
     groups: list[str | None] = []
     for unit in units:
         content = unit.content
         if isinstance(content, Pair):
-            groups.append(None if content.prompt else root(folded(content.chosen)))
+            groups.append(None if content.prompt else joined.root(folded(content.chosen)))
         else:
-            same = not content.prompt and folded(content.texts[0]) in parent
-            groups.append(root(folded(content.texts[0])) if same else content.group)
+            same = not content.prompt and folded(content.texts[0]) in joined
+            groups.append(joined.root(folded(content.texts[0])) if same else content.group)
     return groups
 
 

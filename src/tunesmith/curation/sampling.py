@@ -12,7 +12,7 @@ import torch
 
 from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Quiet, Reporter
-from tunesmith.core.record import Message
+from tunesmith.core.record import Message, as_messages
 from tunesmith.curation.pairs import Answers, folded
 from tunesmith.engine.asking import Question, Reply
 from tunesmith.engine.journal import Journal, digest
@@ -74,7 +74,7 @@ class Sampled:
         wanted += self._rewritten(wanted)
         texts: list[list[str]] = [[] for _ in wanted]
         about: list[list[dict[str, Any]]] = [[] for _ in wanted]
-        asked = [_messages(one.prompt) for one in wanted]
+        asked = [as_messages(one.prompt) for one in wanted]
         for name, model in self.systems.items():
             said = self._ask(f"sample {name}", model, asked, [one.where for one in wanted], self.samples, self.sampling)
             for own, told, replies in zip(texts, about, said, strict=True):
@@ -182,7 +182,3 @@ def _answers(
 
 def _seed(text: str) -> int:
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-
-
-def _messages(prompt: Any) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

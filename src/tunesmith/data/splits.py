@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from tunesmith.core.errors import DataError, LeakError, SpecError, unknown
+from tunesmith.core.joining import Joined
 from tunesmith.core.record import Record
 
 Size = float | int | str
@@ -94,23 +95,14 @@ def _count(name: str, size: Size, total: int) -> int:
 
 def _units(records: Sequence[Record], stratify: bool) -> list[_Unit]:
     """Join records that share a group or a question (transitively: union-find over both)."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
+    joined = Joined()
     keys = [f"question:{record.key()}" for record in records]
     for key, record in zip(keys, records, strict=True):
-        own = root(key)
         if record.group is not None:
-            parent[own] = root(f"group:{record.group}")
+            joined.join(key, f"group:{record.group}")
     members: dict[str, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
-        members[root(key)].append(index)
+        members[joined.root(key)].append(index)
     return [_unit(records, keys, indices, stratify) for indices in members.values()]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tunesmith.adapters import Way, save_adapter, states_width
-from tunesmith.core.errors import SpecError
+from tunesmith.core.errors import RunError, SpecError
 from tunesmith.core.progress import Reporter
 from tunesmith.core.record import Message, Record
 from tunesmith.engine.checkpoint import new_folder
@@ -114,7 +114,10 @@ def dev_reward(
     model: Model, spec: Spec, records: Sequence[Record], score: Score, *, ask: Ask = Record.asked, processes: Processes = ALONE
 ) -> Callable[[], Mapping[str, float]]:
     """A dev metric for the trainer: the mean reward of one answer to each prompt ("reward", then each part), the answers greedy unless
-    rollout.dev_temperature says otherwise. processes: that share the prompts. Raises as `rollouts`."""
+    rollout.dev_temperature says otherwise. processes: that share the prompts.
+
+    Raises as `rollouts`; what it returns raises RunError where no reward speaks of any answer.
+    """
     rollout = spec.rollout
     prompts, play = _playing(model, spec, records, ask)
     sampling = sampling_of(rollout, seed_of(spec.train.seed, 2), temperature=rollout.dev_temperature)
@@ -129,6 +132,9 @@ def dev_reward(
             known = [value for value in values if value == value]  # no NaN
             sums[name], sums[f"# {name}"] = sum(known), float(len(known))
         sums = processes.sum_named(sums)
+        if prompts and not sums["# reward"]:
+            hints = ["Look at what the rewards say of an answer, or train without dev prompts:  data.dev=null"]
+            raise RunError(f"no reward said anything of the answers to {len(prompts)} dev prompts.", hints=hints)
         return {name: value / max(1.0, sums[f"# {name}"]) for name, value in sums.items() if not name.startswith("# ")}
 
     return judge

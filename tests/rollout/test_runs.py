@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tunesmith.adapters import load_adapter
 from tunesmith.bases import Base, load_base
-from tunesmith.core.errors import DataError, SpecError
+from tunesmith.core.errors import DataError, RunError, SpecError
 from tunesmith.core.record import Record
 from tunesmith.core.row import Row, segment
 from tunesmith.engine.critic import Critic
@@ -65,6 +65,17 @@ def test_the_share_of_what_is_rewarded_grows(
     assert max(column(trainer, "reference_kl")) > 0.1
     judged = dev_reward(trainer.model, spec, [prompt.record for prompt in trainer.feed.prompts], liking)()  # type: ignore[attr-defined]
     assert judged["reward"] == judged["reward_liking"] > np.mean(rewards[:5]) + 0.2
+
+
+def test_dev_prompts_that_no_reward_speaks_of_are_an_error_and_no_zero(make_run: Make, spec_of: SpecOf) -> None:
+    def silent(prompts: Sequence[Prompt], answers: Sequence[Sequence[Answer]]) -> Rewarded:
+        return Rewarded([float("nan") for own in answers for _ in own])
+
+    spec = spec_of("grpo", train={"steps": 1})
+    trainer = make_run(spec)
+    judge = dev_reward(trainer.model, spec, [prompt.record for prompt in trainer.feed.prompts], silent)  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match="12 dev prompts"):
+        judge()
 
 
 # Going on

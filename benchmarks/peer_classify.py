@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from classify import read_work, say
 from datasets import Dataset
-from peft import PeftModel
+from peer_adapter import opened
 from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForSequenceClassification,
@@ -54,7 +54,7 @@ def main(folder: Path, model_folder: str, dtype: str) -> None:
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=settings["labels"], dtype=kind, **off)
-    model = PeftModel.from_pretrained(model, folder / "start", is_trainable=True, autocast_adapter_dtype=dtype == "fp32")
+    model = opened(model, folder, dtype == "fp32")
     data = Dataset.from_list([{"input_ids": row["ids"], "attention_mask": [1] * len(row["ids"]), "labels": row["label"]} for row in rows])
     clock = Clock()
     with tempfile.TemporaryDirectory() as kept:

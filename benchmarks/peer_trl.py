@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peer_adapter import opened
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -42,24 +41,13 @@ class InOrder(SFTTrainer):
         return SequentialSampler(self.train_dataset)
 
 
-def started(model: torch.nn.Module, start: Path) -> torch.nn.Module:
-    """The model with the adapter's files on it, ready to be trained; PEFT opens prompts for training only as new ones."""
-    config = PeftConfig.from_pretrained(start)
-    if not config.is_prompt_learning:
-        return PeftModel.from_pretrained(model, start, is_trainable=True, autocast_adapter_dtype=True)
-    config.inference_mode = False
-    opened = get_peft_model(model, config)
-    set_peft_model_state_dict(opened, load_file(start / "adapter_model.safetensors"))
-    return opened
-
-
 def main(folder: Path, model_folder: str, dtype: str) -> None:
     """Train the folder's rows in their order and say losses, speed and peak memory."""
     work, rows = read(folder)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=kind)
     if not work.full:
-        model = started(model, folder / "start")
+        model = opened(model, folder, True)
     data = Dataset.from_list([{"input_ids": row["ids"], "completion_mask": row["supervised"]} for row in rows])
     clock = Clock()
     with tempfile.TemporaryDirectory() as kept:

@@ -28,7 +28,8 @@ from tunesmith.core.errors import AdapterError
 WEIGHTS, CONFIG, OURS = "adapter_model.safetensors", "adapter_config.json", "tunesmith.json"
 OWN = "tunesmith.safetensors"
 """What was trained, where PEFT keeps only what came of it."""
-_PREFIX = "base_model.model."
+_PREFIX, _OUTER = "base_model.model.", "base_model."
+"""Before the keys of what stands in a model, and before those of a head beside virtual tokens, around which there is no model of PEFT's."""
 _FORMAT = 1
 _TASK_TYPES = {"label": "SEQ_CLS", "value": "SEQ_CLS", "tags": "TOKEN_CLS", "choice": None}  # PEFT knows no multiple choice
 _ROWS = ".token_adapter.trainable_tokens_delta"
@@ -163,7 +164,7 @@ def _ours(folder: Path, fingerprint: str | None) -> dict[str, Any] | None:
 def _their_head(model: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> FoundHead | None:
     """The head of a file of PEFT's, if it has one."""
     try:
-        return find_head(model, config, {key.removeprefix(_PREFIX): value for key, value in tensors.items()})
+        return find_head(model, config, {_inner(key): value for key, value in tensors.items()})
     except AdapterError as cause:
         raise AdapterError(cause.what, where=str(folder), hints=cause.hints) from None
 
@@ -186,8 +187,14 @@ def _peft_tensors(adapter: Adapter, kind: Exchange) -> dict[str, Tensor]:
         out[f"{outer}{path}.token_adapter.trainable_tokens_delta"] = rows.rows.detach()
     if adapter.head is not None:
         own = dict(adapter.named_parameters())
-        out |= {_PREFIX + theirs: own[ours].detach() for theirs, ours in _head_names(adapter.head).items() if ours in own}
+        before = _OUTER if kind.bare else _PREFIX
+        out |= {before + theirs: own[ours].detach() for theirs, ours in _head_names(adapter.head).items() if ours in own}
     return out
+
+
+def _inner(key: str) -> str:
+    """A key of PEFT's as of the model with its head."""
+    return key.removeprefix(_PREFIX).removeprefix(_OUTER)
 
 
 def _outer(adapter: Adapter) -> str:
@@ -225,7 +232,7 @@ def _from_peft(adapter: Adapter, kind: Exchange, tensors: dict[str, Tensor], con
     names = {} if adapter.head is None else _head_names(adapter.head)
     rest: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        path = key.removeprefix(_PREFIX)
+        path = _inner(key)
         if path in names:
             state[names[path]] = value
             continue
@@ -265,7 +272,7 @@ def _expression(config: dict[str, Any], tensors: dict[str, Tensor], folder: Path
         what = f"peft_type {config.get('peft_type')!r} cannot be read."
         raise AdapterError(what, where=str(folder / CONFIG), hints=[f"Readable here:  {', '.join(EXCHANGES)}"])
     try:
-        return kind.expression(config, {key.removeprefix(_PREFIX): value for key, value in tensors.items()})
+        return kind.expression(config, {_inner(key): value for key, value in tensors.items()})
     except AdapterError as cause:
         raise AdapterError(cause.what, where=str(folder / CONFIG), hints=cause.hints) from None
 

@@ -45,7 +45,7 @@ def find_head(model: Any, config: Mapping[str, Any], tensors: Mapping[str, Tenso
     task = config.get("task_type")
     if task not in _CLASSES:
         return None
-    saved = [name for name in config.get("modules_to_save") or _ROOTS if any(key.startswith(f"{name}.") for key in tensors)]
+    saved = [name for name in dict.fromkeys(config.get("modules_to_save") or _ROOTS) if any(key.startswith(f"{name}.") for key in tensors)]
     if not saved:
         raise AdapterError(
             f"there is no head among its tensors, though it is made for {task}.", hints=["Save the adapter again with peft."]

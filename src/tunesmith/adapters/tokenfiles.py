@@ -21,11 +21,17 @@ KEY = "prompt_embeddings"
 
 
 def tokens_alone(adapter: Adapter) -> VirtualTokens | None:
-    """The virtual tokens of an adapter that has nothing else, if PEFT's function is theirs."""
-    if len(adapter.virtual) != 1 or adapter.forms or adapter.trained or adapter.rows or adapter.head is not None:
+    """The virtual tokens of an adapter that has nothing else, if PEFT's function is theirs.
+
+    Beside a prefix there may be a task head. Not beside a prompt: PEFT's head takes its vectors for the text's first tokens.
+    """
+    if len(adapter.virtual) != 1 or adapter.forms or adapter.trained or adapter.rows:
         return None
     tokens = next(iter(adapter.virtual.values()))
-    return tokens if len(adapter.plans) == 1 and tokens.saved() is not None else None
+    if adapter.head is not None and not isinstance(tokens, Prefix):
+        return None
+    alone = sum(plan.kind != "head" for plan in adapter.plans) == 1
+    return tokens if alone and tokens.saved() is not None else None
 
 
 def fits(kind: type[VirtualTokens]) -> Callable[[Adapter], bool]:

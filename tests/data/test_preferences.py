@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +236,20 @@ def test_a_rated_row_has_its_own_answer_and_one_that_belongs_elsewhere(tokenizer
         assert set(row.segments[1].given["good"].tolist()) == {float(good)}
     with pytest.raises(DataError, match="no other prompt"):
         list(rated_rows(renderer, records[:1]))
-    with pytest.raises(DataError, match="reads as 'pair'"):
-        list(rated_rows(renderer, [record("a", "b")]))
+    with pytest.raises(DataError, match="reads as 'ranking'"):
+        list(rated_rows(renderer, [record("a", "b", "c")]))
+
+
+def test_a_pair_is_a_good_answer_and_a_bad_one_and_a_tie_is_none(tokenizer: Any) -> None:
+    renderer = renderer_for(tokenizer("bytes", "chatml"))
+    made = [replace(record("one", "two"), messages=({"role": "user", "content": prompt},)) for prompt in "pqr"]
+    answers = [({"role": "assistant", "content": f"{prompt}{n}"},) for prompt in "pqr" for n in (0, 1)]
+    made = [replace(each, answers=tuple(answers[2 * n : 2 * n + 2])) for n, each in enumerate(made)]
+    tied = replace(made[2], soft=0.5)
+    rows = list(rated_rows(renderer, [*made[:2], tied]))
+    wanted = [replace(each, shape="rated", answers=each.answers[n : n + 1], good=n == 0) for each in made[:2] for n in (0, 1)]
+    assert [paths(row) for row in rows] == [paths(row) for row in rated_rows(renderer, wanted)]
+    assert [row.segments[1].given["good"].tolist()[0] for row in rows] == [1, 0, 1, 0]
 
 
 # --- heads -----------------------------------------------------------------------------------------------------------

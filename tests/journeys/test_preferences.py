@@ -94,6 +94,13 @@ def test_a_run_learns_to_prefer_as_its_samples_do(trained: Types, objective: str
         assert "sft_token_accuracy" in steps[-1]
 
 
+def test_pairs_are_marked_answers_too_and_the_run_prefers_as_they_do(types: Types) -> None:
+    told = types("train", "dpo.yaml", "name=kto-of-pairs", "objective=kto")
+    assert told.exit_code == 0, told.output
+    found = json.loads(types("evaluate", "runs/kto-of-pairs", "pairs-test.jsonl", "--json").stdout)
+    assert found["score"] > 0.8
+
+
 @pytest.mark.parametrize("objective", ["dpo", "reward"])
 def test_held_out_pairs_are_judged_by_the_run(trained: Types, objective: str) -> None:
     """A reward model says which answer it scores higher; a policy which one it finds likelier than its reference does."""
@@ -162,7 +169,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(trained: Types, objective: st
 @pytest.mark.parametrize(
     ("spec", "overrides", "told"),
     [
-        ("dpo", ["objective=kto"], "learns from answers marked good or bad"),
+        ("plackett_luce", ["objective=kto"], "learns from answers marked good or bad"),
         ("kto", ["objective=dpo"], "learns from pairs of answers"),
         ("dpo", ["objective=distil"], "none is named"),
         ("dpo", ["teacher=runs/orpo"], "listens to no teacher"),

@@ -42,12 +42,13 @@ def preference_rows(renderer: Renderer, records: Iterable[Record], *, cache: Row
 
 def rated_rows(renderer: Renderer, records: Iterable[Record], *, cache: RowCache | None = None, seed: int = 0) -> Iterator[TextRow]:
     """One row a rated answer, in order: the prompt, its answer, and an answer that belongs to another prompt, both supervised.
+    A pair is two rated answers, its better one and its worse one; a tie is none.
 
     given, at every token of an answer: good (1 desirable, 0 undesirable), and other (1 for the one that belongs to another
     prompt, from which KTO reads its KL: Ethayarajh et al. 2024, 2402.01306, section 4.1). All records are held, and drawn from
     as `partners` says. Raises what `preference_rows` raises.
     """
-    held = list(records)
+    held = list(unpaired(records))
     for record in held:
         if record.shape != "rated" or not record.answers or record.good is None:
             raise DataError(f"the row reads as '{record.shape}', and has no answer that is marked good or bad.", where=record.where)
@@ -57,6 +58,16 @@ def rated_rows(renderer: Renderer, records: Iterable[Record], *, cache: RowCache
     for record in held:
         row = _joined(list(islice(rendered, 2)), record.where)
         yield _marked(row, ("answer", "answer"), [{"good": float(bool(record.good)), "other": 0.0}, {"good": 0.0, "other": 1.0}])
+
+
+def unpaired(records: Iterable[Record]) -> Iterator[Record]:
+    """Pairs as answers that are good or bad by themselves, the better one first; other records as they are."""
+    for record in records:
+        if record.shape != "pair":
+            yield record
+        elif record.soft != 0.5:
+            for answer, good in zip(record.answers, (True, False), strict=True):
+                yield replace(record, shape="rated", answers=(answer,), scores=(), soft=None, margin=None, good=good)
 
 
 def scored_rows(kind: str, renderer: Renderer, records: Iterable[Record], cache: RowCache | None = None) -> Iterator[TextRow]:

@@ -20,7 +20,7 @@ COMPARED: Mapping[Unit, tuple[str, ...]] = {
     "pairs": ("pair",),
     "rankings": ("ranking", "pair"),
     "scores": ("pair", "ranking"),
-    "answers": ("rated",),
+    "answers": ("rated", "pair"),
 }
 """Shapes of records that each unit learns from."""
 

@@ -25,15 +25,19 @@ ENCODERS = ("bert", "roberta", "electra", "distilbert", "albert", "modernbert", 
 _FOLDER = re.compile(r"[^\s'\"\[(,]*tunesmith-test-[^/\s'\"]*/")
 """Where the suite keeps what it saves: named anew in every process."""
 
+_MANY = 8
+"""Families; a claim that fewer were asked is said to be one of a part."""
+
 Cell = Mapping[str, Any]
 """passed: how many claims. failed, holes: reason -> claims, by number."""
 
 
 def summed_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last outcome of each cell, of the source that the last line has."""
-    source = lines[-1]["source"]
-    last = {(line["claim"], line["method"], line["family"]): line for line in lines if line["source"] == source}
+    """The last outcome of each cell, of the source that the last line of its claim has."""
+    of_claim = {line["claim"]: line["source"] for line in lines}
+    last = {(line["claim"], line["method"], line["family"]): line for line in lines if line["source"] == of_claim[line["claim"]]}
     claims = list(dict.fromkeys(claim for claim, _, _ in last))
+    source = lines[-1]["source"]
     cells: dict[str, dict[str, Any]] = {}
     for (claim, method, family), line in last.items():
         cell = cells.setdefault(method, {}).setdefault(family, {"passed": 0, "failed": {}, "holes": {}})
@@ -42,7 +46,9 @@ def summed_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             of = cell["failed" if line["outcome"] == "failed" else "holes"]
             of.setdefault(_FOLDER.sub("runs/", line["reason"]), []).append(claims.index(claim))
-    return {"source": source, "claims": claims, "cells": cells}
+    part = {claim: asked for claim in claims if len(asked := list(dict.fromkeys(f for c, _, f in last if c == claim))) < _MANY}
+    earlier = [claim for claim in claims if of_claim[claim] != source]
+    return {"source": source, "claims": claims, "part": part, "earlier": earlier, "cells": cells}
 
 
 class Notes:
@@ -75,7 +81,7 @@ def page(summary: Mapping[str, Any]) -> str:
         f"Every method of the catalogue was put on a tiny random model of every family, and asked to keep these promises. "
         f"{totals['kept']:,} were kept, {totals['holes']:,} do not apply or are refused, each with its reason below, "
         f"and {totals['failed']:,} were broken.",
-        "\n".join(f"{number}. {claim}" for number, claim in enumerate(claims, 1)),
+        "\n".join(f"{number}. {claim}{_asked(summary, claim)}" for number, claim in enumerate(claims, 1)),
         "✓ it keeps all promises that apply to it · — it is refused there · ✗ it breaks one · a dot: not run · numbers: the notes below. "
         "What a method cannot do on any family stands under “Holes of a method”.",
         "## Decoders",
@@ -88,6 +94,13 @@ def page(summary: Mapping[str, Any]) -> str:
         _table(("method", "promise", "why not"), [row for method, holes in own.items() for row in _holes(method, holes, claims)]),
     ]
     return "\n\n".join(out) + "\n"
+
+
+def _asked(summary: Mapping[str, Any], claim: str) -> str:
+    """Whom a claim was asked, where not of all and now."""
+    part, earlier = summary.get("part", {}).get(claim), claim in summary.get("earlier", ())
+    said = [f"of {', '.join(part)}"] * bool(part) + ["of the code before its last change"] * earlier
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def _everywhere(of: Mapping[str, Cell]) -> dict[str, list[int]]:

@@ -57,6 +57,14 @@ def test_cells_show_promises_that_hold_holes_with_notes_and_broken_ones(conforma
     assert "broken: it begins (assert 1 == 2)" in page and "another source" not in page
 
 
+def test_a_promise_that_few_were_asked_or_earlier_code_says_so(conformance: ModuleType) -> None:
+    families = [f"family{n}" for n in range(8)]
+    lines = [line("it compiles", "lora", "llama", source="before"), *(line("it begins", "lora", family) for family in families)]
+    page = conformance.page(conformance.summed_up(lines))
+    assert "1. it compiles (of llama; of the code before its last change)\n2. it begins\n" in page
+    assert "9 were kept" in page
+
+
 def test_a_cell_that_is_recorded_for_the_same_source_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cells.jsonl"
     monkeypatch.setattr("recording.source", lambda: "now")

@@ -99,7 +99,7 @@ def page(summary: Mapping[str, Any]) -> str:
 def _asked(summary: Mapping[str, Any], claim: str) -> str:
     """Whom a claim was asked, where not of all and now."""
     part, earlier = summary.get("part", {}).get(claim), claim in summary.get("earlier", ())
-    said = [f"of {', '.join(part)}"] * bool(part) + ["of the code before its last change"] * earlier
+    said = [*([f"of {', '.join(part)}"] if part else []), *(["of the code before its last change"] if earlier else [])]
     return f" ({'; '.join(said)})" if said else ""
 
 

@@ -67,7 +67,9 @@ def picture(keys: list[str], runs: list[Path]) -> str:
         'font-family="system-ui, sans-serif" font-size="11" fill="#888">',
     ]
     for number, (colour, run) in enumerate(zip(COLOURS, runs, strict=False)):
-        out.append(f'<text x="{LEFT + 110 * number}" y="16" font-size="13" font-weight="600" fill="{colour}">{html.escape(run.name)}</text>')
+        out.append(
+            f'<text x="{LEFT + 110 * number}" y="16" font-size="13" font-weight="600" fill="{colour}">{html.escape(run.name)}</text>'
+        )
     for number, key in enumerate(keys):
         out += panel(key, {run.name: read(run, key) for run in runs}, LEFT + number * (WIDTH + LEFT + GAP))
     out.append(f'<text x="{LEFT}" y="{height - 4}">step; thick: mean of the last {MEAN_OF}</text></svg>')

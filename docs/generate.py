@@ -81,6 +81,7 @@ def spec_page() -> str:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             rows = [_row(key, inner, f"{name}.") for key, inner in field.annotation.model_fields.items()]
             out += [f"## {name}", inspect.cleandoc(field.annotation.__doc__ or ""), _table(("key", "type", "default", "meaning"), rows)]
+            out += [part for key, inner in field.annotation.model_fields.items() for part in _within(f"{name}.{key}", inner)]
     out += [
         "## Adapters",
         "`adapter: name(option=value, ...)`; several are joined by `+`. A list is written `[q, v]`.",
@@ -96,6 +97,15 @@ def spec_page() -> str:
         _catalogue(RUNGS.items()),
     ]
     return "\n\n".join(out) + "\n"
+
+
+def _within(key: str, field: FieldInfo) -> list[str]:
+    """The keys of a section that stands within another, where it may be left out."""
+    found = [each for each in get_args(field.annotation) if isinstance(each, type) and issubclass(each, BaseModel)]
+    if not found:
+        return []
+    rows = [_row(name, inner, f"{key}.") for name, inner in found[0].model_fields.items()]
+    return [f"### {key}", inspect.cleandoc(found[0].__doc__ or ""), _table(("key", "type", "default", "meaning"), rows)]
 
 
 _WRITTEN = "_Written by `make docs` from the code; edit the descriptions there._"

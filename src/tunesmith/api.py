@@ -31,7 +31,7 @@ from tunesmith.engine.server import Server, connect, is_server
 from tunesmith.evaluation.choosing import choice_scores
 from tunesmith.evaluation.classifying import label_logits, objective_for
 from tunesmith.evaluation.evaluate import System
-from tunesmith.evaluation.evaluate import evaluate as judge
+from tunesmith.evaluation.evaluate import evaluate as ask_and_judge
 from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.evaluation.results import Evaluation
 from tunesmith.evaluation.tagging import said_tags
@@ -40,9 +40,12 @@ from tunesmith.ladder.climb import climb
 from tunesmith.ladder.comparison import Comparison, compare_systems
 from tunesmith.ladder.data import read
 from tunesmith.ladder.job import prepare, run_folder
+from tunesmith.ladder.judging import judge_of, lends_base, with_judge
 from tunesmith.ladder.plan import Plan, plan
 from tunesmith.ladder.training import Run, train_job
 from tunesmith.ladder.training import train as train_spec
+from tunesmith.report.schema import Judge
+from tunesmith.rewardspec import EvaluateSpec, JudgeSpec, judge_spec
 from tunesmith.spec import DataSpec, Spec, TaskSpec, make_spec
 
 Askable = Base | Model | Run | Server | str | Path
@@ -140,18 +143,20 @@ def evaluate(
     *,
     task: Task | Mapping[str, Any] | TaskSpec | None = None,
     data: Mapping[str, Any] | DataSpec | None = None,
+    judge: str | Mapping[str, Any] | JudgeSpec | EvaluateSpec | None = None,
     name: str | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Ask a system every question and judge the answers.
 
-    questions: a source of records with gold answers, or records. task, data: how to ask and how to read, as in a spec; for
-    a run they default to the run's own.
+    questions: a source of records with gold answers, or records. task, data: how to ask and how to read, as in a spec; judge: who
+    scores answers in free words, as `evaluate.judge` there; for a run they default to the run's own.
     """
     model = open(system, reporter=reporter)
     made, records = _task_and_records([system], questions, task, data)
+    made = _judged([system], [model], made, judge, reporter)
     label = name or _name(system, model)
-    return judge(System(label, model, zero_shot(made)), made, records, reporter=reporter)
+    return ask_and_judge(System(label, model, zero_shot(made)), made, records, reporter=reporter)
 
 
 def compare(
@@ -159,20 +164,23 @@ def compare(
     questions: str | Path | Sequence[Record],
     task: Task | Mapping[str, Any] | TaskSpec | None = None,
     data: Mapping[str, Any] | DataSpec | None = None,
+    judge: str | Mapping[str, Any] | JudgeSpec | EvaluateSpec | None = None,
     margin: float = 0.02,
     reporter: Reporter | None = None,
 ) -> Comparison:
     """Ask two or more systems the same questions: scores with intervals, paired verdicts, wins and losses.
 
-    Each system is compared with the one named before it and with the first. Printing the result shows a table.
+    Each system is compared with the one named before it and with the first. judge: as of `evaluate`. Printing the result shows a table.
     """
     if len(systems) < 2:
         raise SpecError(f"a comparison needs two systems; {len(systems)} given.", hints=["ts.compare(base, run, questions='test.jsonl')"])
     made, records = _task_and_records(systems, questions, task, data)
     models = [open(system, reporter=reporter) for system in systems]
+    made = _judged(systems, models, made, judge, reporter)
     names = _unique([_name(system, model) for system, model in zip(systems, models, strict=True)])
     asked = [System(name, model, zero_shot(made)) for name, model in zip(names, models, strict=True)]
-    return compare_systems(asked, made, records, margin=margin, reporter=reporter)
+    judges = [*judge_of(made), *(each for system in systems for each in _reward_judges(system))]
+    return compare_systems(asked, made, records, margin=margin, judges=judges, reporter=reporter)
 
 
 def classify(system: Askable, texts: str | Sequence[str], *, task: Mapping[str, Any] | TaskSpec | None = None) -> Any:
@@ -312,6 +320,26 @@ def _task_and_records(
     if spec is not None and not asked.labels:
         asked = asked.model_copy(update={"labels": _run_labels(systems)})
     return make_task(asked, records), records
+
+
+def _judged(systems: Sequence[Askable], models: Sequence[Model | Server], task: Task, judge: Any, reporter: Reporter | None) -> Task:
+    """The task with its judge, if there is one: the given one, else that of the first run that names one."""
+    specs = [spec for spec in map(_run_spec, systems) if spec is not None]
+    if judge is None:
+        given = next((spec.evaluate.judge for spec in specs if spec.evaluate.judge is not None), None)
+    else:
+        given = judge.judge if isinstance(judge, EvaluateSpec) else judge_spec(judge)
+    base = next((model.base for model in models if isinstance(model, Model) and lends_base(given, model.base)), None)
+    return with_judge(task, given, specs, base=base, reporter=reporter)
+
+
+def _reward_judges(system: Askable) -> list[Judge]:
+    """The judges that rewarded a run, as it noted them."""
+    from tunesmith.engine.rundir import RunFolder
+
+    folder = _run_folder(system)
+    noted = RunFolder(folder).result().get("judges", []) if folder else []
+    return [Judge(**{**values, "role": f"{values['role']} of {folder}"}) for values in noted]
 
 
 def _run_folder(system: Askable) -> Path | None:

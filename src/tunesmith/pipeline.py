@@ -26,10 +26,12 @@ from tunesmith.ladder.comparison import Comparison
 from tunesmith.ladder.training import Run
 from tunesmith.ladder.training import train as train_spec
 from tunesmith.objectives import OBJECTIVES
+from tunesmith.rewardspec import judge_spec
+from tunesmith.rollout.named import refuse_shared_judge
 from tunesmith.spec import Spec, make_spec, read_values, set_key
 
 _STAGE = re.compile(r"@([A-Za-z_][\w-]*)")
-_COMPARE = ("systems", "questions", "data", "task", "margin")
+_COMPARE = ("systems", "questions", "data", "task", "judge", "margin")
 
 
 @dataclass(slots=True)
@@ -118,6 +120,8 @@ def _comparison(compared: Any, specs: Mapping[str, Spec], folder: Path, where: s
         if key not in _COMPARE:
             raise unknown("key of compare", key, _COMPARE)
     found: dict[str, Any] = _referred(compared, specs, folder, f"{where}, compare")
+    if found.get("judge") is not None:
+        refuse_shared_judge(judge_spec(found["judge"]).model, specs.values())
     return found
 
 

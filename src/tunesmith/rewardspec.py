@@ -1,4 +1,4 @@
-"""The `rewards` section of a spec: what answers are rewarded for, and how several rewards become one number.
+"""The `rewards` and `evaluate` sections of a spec: what sampled answers are rewarded for, and who judges answers in the end.
 
 Held here against their form alone; names and options are held against the registry of rewards as a run is prepared.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from tunesmith.core.errors import SpecError, TunesmithError
 from tunesmith.core.registry import Call, parse_calls
@@ -17,6 +17,7 @@ from tunesmith.core.section import Section
 
 FORMS = "Forms:  name(option=value)  ·  path/to/file.py:function"
 
+_S = TypeVar("_S", bound=Section)
 _FUNCTION = re.compile(r"(?P<file>\S.*\.py):(?P<name>\w*)")
 
 
@@ -66,6 +67,46 @@ class RewardSpec(Section):
         return self
 
 
+class JudgeSpec(Section):
+    """Who judges answers. A plain string in the YAML means `model`."""
+
+    model: str = Field(description="who judges: a base, a run, or a server (http://HOST:PORT/v1#MODEL)")
+    rubric: str | None = Field(default=None, description="by what: a text, or a .txt or .md file; default: a general one")
+    asks: Literal["rating", "comparison"] = Field(
+        default="rating", description="how good each answer is by itself, or whether it is better than the one in the data"
+    )
+    scale: list[str] = Field(default_factory=list, description="words to rate in, the worst first; default: 1 to 10")
+    reasons: bool = Field(default=False, description="think in words before the verdict")
+    way: Literal["auto", "likelihood", "generation"] = Field(
+        default="auto", description="likelihood of each verdict, or words that are parsed; auto: likelihood, of a server words"
+    )
+    both_orders: bool = Field(default=True, description="of comparisons: asked in both orders and averaged, or in one drawn by content")
+    no_verdict: Literal["error", "skip", "tie"] = Field(
+        default="error",
+        description="where it gives none, even asked again: stop, leave the question out, or the middle of the scale",
+    )
+    key_env: str | None = Field(default=None, description="environment variable that holds a server's key")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> JudgeSpec:
+        if self.asks == "comparison" and self.scale:
+            raise ValueError("a comparison says which of two is better, so it has no scale: leave scale out, or asks: rating")
+        if self.asks == "rating" and not self.both_orders:
+            raise ValueError("a rating is of one answer alone, which has no order: leave both_orders out, or asks: comparison")
+        return self
+
+
+class EvaluateSpec(Section):
+    """How answers in free words are judged in the end: by `climb`, `evaluate` and `compare`, not by training on its dev samples."""
+
+    judge: JudgeSpec | None = Field(default=None, description="a judge's verdicts in place of task.metric; a plain string is its `model`")
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | Mapping) else value
 
@@ -97,12 +138,19 @@ def reward_call(text: str) -> Call | None:
 
 def reward_spec(given: str | Mapping[str, Any] | RewardSpec) -> RewardSpec:
     """From a string, plain values or a RewardSpec. Raises SpecError."""
-    if isinstance(given, RewardSpec):
-        return given
-    from pydantic import ValidationError
+    return _checked(RewardSpec, given, "the reward", FORMS)
 
+
+def judge_spec(given: str | Mapping[str, Any] | JudgeSpec) -> JudgeSpec:
+    """From a model's name, plain values or a JudgeSpec. Raises SpecError."""
+    return _checked(JudgeSpec, given, "the judge", "Form:  {model: MODEL, rubric: TEXT}")
+
+
+def _checked(kind: type[_S], given: Any, what: str, form: str) -> _S:
+    if isinstance(given, kind):
+        return given
     try:
-        return RewardSpec.model_validate(given)
+        return kind.model_validate(given)
     except ValidationError as cause:
         said = [".".join([*map(str, each["loc"]), each["msg"].removeprefix("Value error, ")][-2:]) for each in cause.errors()]
-        raise SpecError(f"the reward {given!r} cannot be used: {'; '.join(said)}.", hints=[FORMS]) from None
+        raise SpecError(f"{what} {given!r} cannot be used: {'; '.join(said)}.", hints=[form]) from None

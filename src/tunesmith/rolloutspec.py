@@ -65,6 +65,7 @@ class RolloutSpec(Section):
     show: int = Field(default=10, ge=0, description="iterations between two tables of answers in the terminal; 0: none")
     tools: list[str] = Field(default_factory=list, description="functions that the policy may call: path/to/tools.py:function")
     turns: int = Field(default=8, ge=1, description="with tools: turns of the policy in an answer")
+    tool_seconds: float = Field(default=10.0, gt=0, description="with tools: seconds of a call, after which it has failed")
     result_tokens: int = Field(default=256, ge=8, description="with tools: tokens of a result, which is cut there")
 
     @field_validator("critic")
@@ -132,11 +133,13 @@ _CRITICS = ("gamma", "gae_lambda", "whiten", "whiten_rewards", "critic")
 """Keys that only an actor and a critic read."""
 
 
-def check_rollout(rollout: RolloutSpec, objective: str, *, samples: bool, alone: bool, batch_given: bool, sharded: bool) -> None:
+def check_rollout(
+    rollout: RolloutSpec, objective: str, *, samples: bool, alone: bool, batch_given: bool, sharded: bool, last_turn: bool = False
+) -> None:
     """Raises SpecError where the section does not go with the rest of the spec.
 
     samples: does the objective learn from the policy's own answers? alone: is it the only one? batch_given: train.batch is set.
-    sharded: train.sharding is.
+    sharded: train.sharding is. last_turn: data.supervise is "last".
     """
     changed = _changed(rollout)
     if not samples:
@@ -156,6 +159,9 @@ def check_rollout(rollout: RolloutSpec, objective: str, *, samples: bool, alone:
     if batch_given:
         what = "train.batch is of rows in the data; a step learns from rollout.prompts x rollout.samples / rollout.minibatches answers."
         raise _nearest(what, "rollout.prompts=8 rollout.samples=8")
+    if last_turn:
+        what = f"data.supervise is of turns in the data, and objective {objective} learns from every turn that the policy samples."
+        raise _nearest(what, "data.supervise=all")
     if sharded:
         raise _nearest(f"objective {objective} samples on every process, which takes the whole base there.", "train.sharding=none")
     if objective == "ppo":
@@ -167,7 +173,7 @@ def check_rollout(rollout: RolloutSpec, objective: str, *, samples: bool, alone:
     if rollout.kl_target is not None and not settled(rollout, objective, {}).kl:
         raise _nearest("rollout.kl_target steers rollout.kl, which is 0.", "rollout.kl=0.05")
     _check_idle(rollout, settled(rollout, objective, {}), changed)
-    for name in ("turns", "result_tokens"):
+    for name in ("turns", "tool_seconds", "result_tokens"):
         if name in changed and not rollout.tools:
             raise _nearest(f"rollout.{name} is of answers with tools.", "rollout.tools=[path/to/tools.py:function]")
 

@@ -20,7 +20,7 @@ from tunesmith.core.registry import Call, check_options, parse_calls
 from tunesmith.core.section import Section
 from tunesmith.core.yamltext import read_value, read_yaml
 from tunesmith.objectives import OBJECTIVES
-from tunesmith.rewardspec import RewardList, RewardSpec
+from tunesmith.rewardspec import EvaluateSpec, JudgeSpec, RewardList, RewardSpec
 from tunesmith.rolloutspec import RolloutSpec, check_rollout
 
 if TYPE_CHECKING:
@@ -189,6 +189,7 @@ class Spec(Section):
     train: TrainSpec = Field(default_factory=TrainSpec)
     rollout: RolloutSpec = Field(default_factory=RolloutSpec, validate_default=True, description="answers that the policy samples")
     rewards: RewardList = Field(default_factory=list, description="what sampled answers are rewarded for")
+    evaluate: EvaluateSpec = Field(default_factory=EvaluateSpec, description="who judges answers in free words")
     climb: ClimbSpec = Field(default_factory=ClimbSpec)
     track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list)
 
@@ -241,13 +242,15 @@ class Spec(Section):
     @field_validator("rollout")
     @classmethod
     def _rollout_fits(cls, value: RolloutSpec, info: ValidationInfo) -> RolloutSpec:
-        train, objective = info.data.get("train"), info.data.get("objective")
+        train, objective, data = (info.data.get(key) for key in ("train", "objective", "data"))
         if train is not None and objective is not None:  # else those are refused for themselves
             names = [call.name for call in objective_calls(objective)]
             given, spread = train.batch != TrainSpec().batch, train.sharding != "none"
             with _collected():
                 samples = OBJECTIVES[names[0]].samples
-                check_rollout(value, names[0], samples=samples, alone=len(names) == 1, batch_given=given, sharded=spread)
+                last = data is not None and data.supervise == "last"
+                alone = len(names) == 1
+                check_rollout(value, names[0], samples=samples, alone=alone, batch_given=given, sharded=spread, last_turn=last)
         return value
 
 
@@ -353,9 +356,9 @@ def set_key(values: dict[str, Any], override: str) -> None:
         raise SpecError(f"'{override}' is no override.", hints=["Form:  key=value, for example  train.lr=1e-4"])
     at = values
     for number, parent in enumerate(parents):
-        inner = at.get(parent)
-        if isinstance(inner, str | list) and at is values and parent in _SHORT:
-            inner = at[parent] = {_SHORT[parent]: inner}
+        inner, short = at.get(parent), _SHORT.get(".".join(parents[: number + 1]))
+        if isinstance(inner, str | list) and short:
+            inner = at[parent] = {short: inner}
         if inner is None:
             inner = at[parent] = {}
         if not isinstance(inner, dict):
@@ -364,7 +367,7 @@ def set_key(values: dict[str, Any], override: str) -> None:
     at[last] = read_value(text)
 
 
-_SHORT = {"base": "model", "data": "train"}
+_SHORT = {"base": "model", "data": "train", "evaluate.judge": "model"}
 """Sections that may be written as one value, and the key that it stands for."""
 
 
@@ -420,5 +423,6 @@ def _nearest_keys(path: Sequence[str]) -> list[str]:
 def _keys_at(path: Sequence[str]) -> list[str]:
     if not path:
         return list(Spec.model_fields)
-    inner = section(path[0]) if len(path) == 1 else RewardSpec if len(path) == 2 and path[0] == "rewards" else None
+    within: Mapping[str, type[Section]] = {"rewards": RewardSpec, "evaluate": JudgeSpec}
+    inner = section(path[0]) if len(path) == 1 else within.get(path[0]) if len(path) == 2 else None
     return list(inner.model_fields) if inner else []

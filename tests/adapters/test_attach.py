@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.adapters import METHODS, attach, find_sites, head_weight, plan, select
+from tunesmith.adapters.heads import Way
 from tunesmith.core.errors import AdapterError, SpecError
 
 Build = Callable[..., Any]
@@ -260,6 +261,20 @@ def test_a_name_is_given_once_and_has_no_dot(build: Build) -> None:
     for name in ("", "a.b"):
         with pytest.raises(AdapterError, match="cannot be the name"):
             attach(model, "lora", name=name)
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "training"])
+def test_an_adapter_may_be_called_like_a_method_of_a_module(build: Build, ids: Tensor, shake: Shake, name: str) -> None:
+    """Names come from folders: `demo/train` is one of them."""
+    model = build()
+    base = model(ids).logits
+    adapter = attach(model, "lora(rank=2) + prompt(tokens=2) + head", name=name, new_words=[62, 63])
+    adapter.give_head(32, ["bad", "good"], Way("last"))
+    shake(adapter)
+    assert not torch.equal(model(ids).logits, base)
+    model.eval(), model.train(), model.eval()
+    adapter.detach()
+    assert torch.equal(model(ids).logits, base)
 
 
 def test_state_and_load_are_inverse_and_refuse_another_adapters_values(build: Build, ids: Tensor, shake: Shake) -> None:

@@ -94,7 +94,11 @@ def test_evaluating_a_base_without_questions_is_refused(tunesmith: Any, tiny_bas
 
 
 def test_evaluating_with_a_key_that_changes_nothing_is_refused(tunesmith: Any, tiny_base_folder: Path, reviews: Path) -> None:
-    _refused(tunesmith("evaluate", tiny_base_folder, reviews, "train.lr=1"), "'train.lr=1' changes nothing here", "data.* and task.* do")
+    _refused(
+        tunesmith("evaluate", tiny_base_folder, reviews, "train.lr=1"),
+        "'train.lr=1' changes nothing here",
+        "data.*, task.* and evaluate.* do",
+    )
 
 
 def test_comparing_one_system_with_nothing_is_refused(tunesmith: Any, tiny_base_folder: Path, reviews: Path) -> None:

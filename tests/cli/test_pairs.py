@@ -50,7 +50,7 @@ def test_an_existing_file_is_not_lost_and_a_held_out_one_not_leaked(tunesmith, t
     again = tunesmith("pairs", "scored.jsonl", "--out", "pairs.jsonl")
     assert again.exit_code == 3 and "--overwrite" in again.output
     leaked = tunesmith("pairs", "scored.jsonl", "--held-out", "test.jsonl")
-    assert leaked.exit_code == 2 and "share a prompt or a text with test.jsonl" in leaked.output
+    assert leaked.exit_code == 2 and "scored.jsonl, line 4: 1 pairs share a prompt or a text with test.jsonl" in leaked.output
     assert tunesmith("pairs", "scored.jsonl", "--held-out", "test.jsonl", "--leaks", "drop").exit_code == 0
 
 
@@ -90,7 +90,8 @@ def test_a_local_judge_writes_preferences_on_sampled_answers_and_is_held_against
     write(tmp_path / "people.jsonl", people)
     done = tunesmith("judge", "check", tiny_base_folder, "people.jsonl", "--rubric", "Which is kinder?", "--name", "held")
     assert done.exit_code in (0, 1) and "agreement" in done.output and "flips" in done.output
-    report = json.loads((tmp_path / "runs" / "held" / "judge.json").read_text("utf-8"))
+    (file,) = (tmp_path / "runs" / "held").glob("judge-*.json")
+    report = json.loads(file.read_text("utf-8"))
     assert report["pairs"] == 12 and report["rubric"] == "Which is kinder?" and report["ceiling"] == pytest.approx(0.8)
     assert (done.exit_code == 0) == report["better_than_chance"]
 
@@ -110,3 +111,24 @@ def test_a_reward_scores_sampled_answers(tunesmith, tmp_path, tiny_base_folder) 
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert all(len(pair["chosen"]) < len(pair["rejected"]) for pair in rows_of(tmp_path / "pairs.jsonl"))
+
+
+def test_a_stopped_call_scores_nothing_twice_and_what_was_kept_goes_with_the_pairs(tunesmith, tmp_path) -> None:
+    rows = [{"prompt": f"q{at}", "answers": [f"good {at}", f"poor {at} indeed"]} for at in range(100)]
+    write(tmp_path / "silent.jsonl", rows)
+    code = (
+        "from pathlib import Path\n"
+        "def short(completions):\n"
+        "    with Path('asked').open('a') as file: file.write(f'{len(completions)}\\n')\n"
+        "    if len(Path('asked').read_text().split()) == 2: raise KeyboardInterrupt\n"
+        "    return [-float(len(text)) for text in completions]\n"
+    )
+    (tmp_path / "mine.py").write_text(code, "utf-8")
+    words = ("pairs", "silent.jsonl", "--reward", "./mine.py:short", "--out", "pairs.jsonl")
+    assert tunesmith(*words).exit_code != 0
+    assert tunesmith(*words).exit_code == 0
+    assert (tmp_path / "asked").read_text().split() == ["128", "72", "72"]
+    pairs = rows_of(tmp_path / "pairs.jsonl")
+    assert len(pairs) == 100 and all("good" in pair["chosen"] for pair in pairs)
+    assert tunesmith(*words, "--overwrite").exit_code == 0
+    assert (tmp_path / "asked").read_text().split()[3:] == ["128", "72"]

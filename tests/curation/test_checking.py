@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tunesmith.core.errors import DataError
-from tunesmith.curation.checking import check_judge, save
+from tunesmith.curation.checking import check_judge, held_against, save
 from tunesmith.curation.pairs import Pair
 from tunesmith.engine.server import Server
 from tunesmith.rollout.judges import Duel, Judge, Judgement
@@ -138,3 +138,22 @@ def test_the_report_is_plain_json(tmp_path) -> None:
         "pairs": 60,
     }
     assert values["better_than_chance"] is True and values["judge"].startswith("made at") and values["source"] == "pairs.jsonl"
+
+
+def test_each_rubric_keeps_its_own_check_and_the_last_one_is_found_again(tmp_path) -> None:
+    judge = Made(lambda a, b: float("good" in a), rating=lambda text: 9.0 if "good" in text else 2.0)
+    assert held_against(tmp_path, judge, rates=False) == "not held against human labels"
+    files = {save(check_judge(judge, labelled(40)), tmp_path, "judge")}
+    other = Made(lambda a, b: float("poor" in a))
+    other.rubric = "another"
+    files.add(save(check_judge(other, labelled()), tmp_path, "judge"))
+    assert len(files) == 2 and all(file.exists() for file in files)
+    assert "agrees with people in 100.0 % (95 %: 91.2 to 100.0) of 40 pairs" in held_against(tmp_path, judge, rates=False)
+    assert "0.0 %" in held_against(tmp_path, other, rates=False)
+    assert save(check_judge(judge, labelled(60), source="p.jsonl"), tmp_path, "judge") in files
+    assert held_against(tmp_path, judge, rates=False).endswith("of 60 pairs of p.jsonl")
+    assert held_against(tmp_path, judge, rates=True).endswith("asked to compare")
+    save(check_judge(judge, labelled(50), rate=True), tmp_path, "elsewhere")
+    assert held_against(tmp_path, judge, rates=True).endswith("of 50 pairs") and "60 pairs" in held_against(tmp_path, judge, rates=False)
+    (tmp_path / "judge" / "judge-0.json").write_text("{")
+    assert "60 pairs" in held_against(tmp_path, judge, rates=False)

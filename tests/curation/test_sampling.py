@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,12 +45,18 @@ def prompts(tmp_path: Path, count: int = 5) -> Any:
 class Longest:
     """Scores an answer by its length; odd lengths get nothing."""
 
+    names = ("longest",)
+    rewards = ()
+
     def __init__(self) -> None:
         self.seen: list[Sample] = []
 
-    def score(self, samples: Sequence[Sample]) -> Any:
+    def parts(self, samples: Sequence[Sample]) -> tuple[dict[str, list[float]], list[Any]]:
         self.seen += samples
-        return SimpleNamespace(total=[float(len(one.completion)) if len(one.completion) % 7 else math.nan for one in samples])
+        return {"longest": [float(len(one.completion)) if len(one.completion) % 7 else math.nan for one in samples]}, []
+
+    def totals(self, samples: Sequence[Sample], parts: dict[str, list[float]]) -> list[float]:
+        return parts["longest"]
 
 
 def test_every_prompt_gets_the_samples_of_every_system_with_their_provenance(base, tmp_path) -> None:

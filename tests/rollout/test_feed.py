@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -246,6 +248,16 @@ def test_an_iteration_that_teaches_nothing_is_told_without_dynamic_sampling_too(
     assert told == ["iteration 1: the answers to each prompt were rewarded alike, or not at all; nothing is learned in it"]
 
 
+def test_answers_that_are_cut_off_and_not_learned_from_are_told_where_they_are_most(make_run: Make, spec_of: SpecOf) -> None:
+    for longest, truncated in ((2, "mask"), (2, "keep"), (400, "mask")):
+        said = Lines()
+        make_run(spec_of("grpo", truncated=truncated, max_new_tokens=longest, train={"steps": 2}), reporter=said).run()
+        told = [text for topic, text in said.lines if topic == "rollout" and "cut off" in text]
+        assert len(told) == (1 if (longest, truncated) == (2, "mask") else 0)
+        for text in told:
+            assert "answers were cut off at 2 tokens" in text and "rollout.truncated=keep" in text
+
+
 # Rewards and penalties
 
 
@@ -344,6 +356,7 @@ def test_steps_follow_from_epochs_over_the_prompts(make_run: Make, spec_of: Spec
         ("grpo", {"tries": 2}, {}, r"rollout.tries(.|\n)*rollout.dynamic=true"),
         ("grpo", {"kl_target": 6.0}, {}, r"rollout.kl_target(.|\n)*rollout.kl=0.05"),
         ("grpo", {"turns": 2}, {}, r"rollout.turns(.|\n)*rollout.tools"),
+        ("grpo", {"tool_seconds": 2}, {}, r"rollout.tool_seconds(.|\n)*rollout.tools"),
         ("grpo", {"overlong": 128}, {}, r"rollout.overlong"),
         ("grpo", {"kl_estimator": "k3"}, {}, r"rollout.kl_estimator(.|\n)*rollout.kl=0.05"),
         ("ppo", {"kl_horizon": 100}, {}, r"rollout.kl_horizon(.|\n)*rollout.kl_target=6"),
@@ -363,6 +376,32 @@ def test_what_does_not_go_together_is_refused_with_what_does(
 
     with pytest.raises(SpecError, match=said):
         make_spec({"base": "tiny", "objective": objective, "rollout": rollout, "train": train})
+
+
+def test_turns_of_the_data_are_no_turns_of_the_policy(spec_of: SpecOf) -> None:
+    from tunesmith.spec import make_spec
+
+    keys = {"base": "tiny", "data": {"supervise": "last"}}
+    with pytest.raises(SpecError, match=r"data.supervise(.|\n)*data.supervise=all"):
+        make_spec({**keys, "objective": "grpo"})
+    assert make_spec({**keys, "objective": "sft"}).data.supervise == "last"
+
+
+def test_the_note_of_a_step_tells_the_reward_and_the_metrics_keep_the_loss(make_run: Make, spec_of: SpecOf) -> None:
+    notes: list[str] = []
+
+    class Noting(Quiet):
+        @contextmanager
+        def work(self, topic: str, total: int, done: int = 0) -> Iterator[Any]:
+            yield SimpleNamespace(advance=lambda steps=1, note=None: notes.append(note))
+
+    trainer = make_run(spec_of("grpo", minibatches=2, train={"steps": 4}))
+    trainer.reporter = Noting()
+    trainer.run()
+    lines = read_metrics(trainer.folder.path / "metrics.jsonl")
+    told = [float(note.split()[1]) for note in notes]
+    assert all(note.startswith("reward ") for note in notes) and all("loss" in line for line in lines)
+    assert told == pytest.approx([lines[0]["reward"]] * 2 + [lines[2]["reward"]] * 2, abs=6e-4)
 
 
 @pytest.mark.parametrize(

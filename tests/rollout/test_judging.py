@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tunesmith.bases import Base, load_base
 from tunesmith.core.errors import SpecError
 from tunesmith.engine.model import Model
-from tunesmith.rollout.judges import Duel, open_judge, refuse_same_judge
+from tunesmith.rollout.judges import Duel, open_judge
 from tunesmith.rollout.judging import JudgeReward, asked, filled, judge, judge_rating, judges_among, rounds_of
 from tunesmith.rollout.rewards import REWARDS
 from tunesmith.rollout.sample import Sample
@@ -85,10 +85,6 @@ def test_a_dialogue_is_shown_with_its_speakers() -> None:
     assert asked(Sample(turns, "x")) == "User: Hi.\n\nAssistant: Hello.\n\nUser: Why?"
 
 
-def test_judges_are_found_among_rewards_and_refused_as_judges_of_the_result(base) -> None:
-    reward = judge(model=str(base.folder))
-    found = judges_among([reward, REWARDS["length"].make(target=4)])
-    assert found == [reward]
-    found[0].share(base)
-    with pytest.raises(SpecError, match="cannot judge the result"):
-        refuse_same_judge(found[0].judge, Model(base))
+def test_judges_are_found_among_rewards() -> None:
+    reward = judge(model="x")
+    assert judges_among([reward, REWARDS["length"].make(target=4)]) == [reward]

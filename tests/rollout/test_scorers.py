@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from tunesmith.bases import load_base
-from tunesmith.core.errors import BaseError, SpecError
+from tunesmith.core.errors import BaseError, DataError, SpecError, TunesmithError
 from tunesmith.engine.model import attach_to
+from tunesmith.ladder.job import prepare
 from tunesmith.rollout.rewarding import RewardError
 from tunesmith.rollout.rewardmodel import RewardModel, read_with_head
 from tunesmith.rollout.rewards import Rewards, open_reward
 from tunesmith.rollout.sample import Sample
+from tunesmith.spec import make_spec
 
 TEMPLATE = "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + ' ' }}{% endfor %}{{ '[end]' }}"
 ANSWERS = ["it lasts for days", "no", "what a terrible film I want my two hours back and so on"]
@@ -120,6 +122,59 @@ def test_models_that_say_no_single_number_are_refused(classifier: Any, tiny_base
         open_reward("model(source=x, reads=prompt)")
 
 
+def test_what_cannot_reward_is_refused_by_its_files_before_anything_is_loaded(
+    classifier: Any, tiny_base_folder: Path, tmp_path: Path, run_folder: Path, words_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tunesmith.bases.load.check_weights", lambda *_: pytest.fail("a model is loaded"))
+    cases = {
+        f"model(source={classifier(labels=3)[0]})": "3 outputs",
+        f"model(source={tiny_base_folder})": "no sequence classifier",
+        f"model(source={tmp_path / 'none'})": "exist|no such|no base",
+        f"model(source={words_run})": "has no head that scores answers",
+        f"judge(model={run_folder})": "answers by its task head",
+        f"judge_rating(model={run_folder})": "answers by its task head",
+        f"judge(model={classifier('bert')[0]})": "an encoder: it judges nothing",
+    }
+    for written, what in cases.items():
+        with pytest.raises(TunesmithError, match=what):
+            Rewards([written]).check()
+    Rewards([f"model(source={run_folder})", f"judge(model={words_run})", "length(target=3)"]).check()
+
+
+def test_a_run_is_refused_for_such_a_reward_before_its_base_is_loaded(words_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    data = {"train": str(tmp_path / "rows.jsonl"), "shape": "question"}
+    keys = {"base": "./nowhere", "data": data, "objective": "grpo", "rewards": f"model(source={words_run})"}
+    with pytest.raises(SpecError, match="no head that scores"):
+        prepare(make_spec(keys))
+
+
+def test_an_answer_too_long_for_a_reward_model_counts_as_missing_or_stops_the_run_by_its_row(run_folder: Path) -> None:
+    asked = samples([*ANSWERS, "word " * 600])
+    spec = {"reward": f"model(source={run_folder}, device=cpu, dtype=fp32)"}
+    found = Rewards([{**spec, "on_error": "skip"}]).score(asked)
+    assert [value == value for value in found.total] == [True, True, True, False]
+    assert found.total[:3] == pytest.approx(Rewards([spec]).score(asked[:3]).total, abs=1e-5)
+    assert len(found.problems) == 1 and found.problems[0].where == "rows.jsonl, line 4"
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 4"):
+        Rewards([spec]).score(asked)
+
+
+def test_an_answer_too_long_for_a_judge_counts_as_missing_or_stops_the_run_by_its_row(
+    tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    asked = samples(["yes", "word " * 600, "no"])
+    spec = {"reward": f"judge_rating(model={tiny_base_folder}, rubric=R)"}
+    found = Rewards([{**spec, "on_error": "skip"}]).score(asked)
+    assert [value == value for value in found.total] == [True, False, True]
+    assert [problem.where for problem in found.problems] == ["rows.jsonl, line 2"]
+    with pytest.raises(DataError, match=r"line 2: the question to the judge takes"):
+        Rewards([spec]).score(asked)
+    comparing = Rewards([f"judge(model={tiny_base_folder}, rubric=R, no_verdict=skip)"]).score(asked)
+    assert all(value == value for value in comparing.total)
+
+
 @pytest.mark.parametrize("says", ["choice", "value"])
 def test_our_own_head_reads_what_it_was_trained_to_read(says: str, tiny_base_folder: Path) -> None:
     from tunesmith.adapters.heads import Way
@@ -146,17 +201,26 @@ def test_our_own_head_reads_what_it_was_trained_to_read(says: str, tiny_base_fol
 @pytest.fixture(scope="module")
 def run_folder(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of objective reward."""
+    return _trained("reward", 12, tiny_base_folder, tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def words_run(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that answers in words."""
+    return _trained("dpo", 1, tiny_base_folder, tmp_path_factory.mktemp("words"))
+
+
+def _trained(objective: str, steps: int, base: Path, folder: Path) -> Path:
     from typer.testing import CliRunner
 
     from tunesmith.cli.app import app
 
-    folder = tmp_path_factory.mktemp("work")
     rows = [{"prompt": f"Say {n}.", "chosen": f"It is {n}, gladly.", "rejected": f"No {n}!"} for n in range(24)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "judge.yaml").write_text(
-        f"base: {{model: {tiny_base_folder}, dtype: fp32, device: cpu}}\ndata: {{train: pairs.jsonl}}\n"
-        "adapter: lora(rank=4)\nobjective: reward\n"
-        "train: {steps: 12, batch: 12, lr: 1e-2, evaluate_every: 12, save_every: 12}\n"
+        f"base: {{model: {base}, dtype: fp32, device: cpu}}\ndata: {{train: pairs.jsonl}}\n"
+        f"adapter: lora(rank=4)\nobjective: {objective}\n"
+        f"train: {{steps: {steps}, batch: 12, lr: 1e-2, evaluate_every: {steps}, save_every: {steps}}}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,6 +45,14 @@ def find(query):
 
 def broken(query: str) -> str:
     raise KeyError(query)
+
+def slow(query: str) -> str:
+    import time
+    time.sleep(30)
+    return query
+
+def leaves(query: str) -> str:
+    raise SystemExit(3)
 
 async def later(query: str) -> str:
     return query
@@ -165,7 +174,26 @@ def test_what_goes_wrong_in_a_call_is_its_result_for_the_policy_to_read(call: st
     assert done.failed and done.result.startswith("Error: ") and said in done.result
 
 
+def test_a_call_that_takes_too_long_or_exits_has_failed_and_the_run_goes_on(file: Path) -> None:
+    tools, began = load_tools([f"{file}:slow", f"{file}:leaves", f"{file}:add"]), time.monotonic()
+    done = [carried_out(ToolCall(name, '{"query": "x"}'), tools, 0.2) for name in ("slow", "leaves")]
+    assert time.monotonic() - began < 5
+    assert [call.failed for call in done] == [True, True]
+    assert done[0].result == "Error: slow did not return within 0.2 seconds" and "SystemExit" in done[1].result
+    assert carried_out(ToolCall("add", '{"a": 2}'), tools, 5.0).result == "3 m"
+
+
 # Turns
+
+
+def test_an_answer_goes_on_after_a_call_that_took_too_long(run: Make, spec_of: SpecOf, file: Path, script: Callable[..., Any]) -> None:
+    script([['<tool_call>{"name": "slow", "arguments": {"query": "x"}}</tool_call>', "No."], ["It is late."]])
+    spec = spec_of("grpo", prompts=1, samples=2, tools=[f"{file}:slow"], tool_seconds=0.1, max_new_tokens=250, train={"steps": 1})
+    trainer = run(spec, score=by_calls)
+    trainer.run()
+    first = next(one for one in trainer.feed._held if not one.chosen.all())  # type: ignore[attr-defined]
+    words = trainer.model.base.tokenizer.decode(first.ids)
+    assert "Error: slow did not return within 0.1 seconds" in words and words.endswith("It is late.<|im_end|>")
 
 
 def test_a_result_follows_the_turn_as_the_template_writes_it_and_is_not_learned_from(

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from tunesmith.adapters.hooks import ByName
 from tunesmith.core.errors import AdapterError
 
 Pool = Literal["pooler", "first", "last", "mean"]
@@ -79,7 +80,7 @@ class TaskHead(nn.Module):
 def put_head(model: Any, name: str, head: TaskHead) -> None:
     """Make a head a submodule of the model under an adapter's name. Raises AdapterError where there is one already."""
     if not hasattr(model, "ts_heads"):
-        model.ts_heads = nn.ModuleDict()
+        model.ts_heads = ByName()
     if name in model.ts_heads:
         raise AdapterError(f"the adapter '{name}' has a head already.")
     model.ts_heads[name] = head.to(next(model.parameters()).device).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -10,10 +10,25 @@ from tunesmith.adapters.forms import Form
 from tunesmith.core.errors import AdapterError
 
 
+class ByName(nn.ModuleDict):
+    """Modules by the names of adapters, which may be called like a method of a module too: `train`, `half`."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        """Set a module, as a ModuleDict does but for its refusal of names that are attributes: these are read as items alone."""
+        self._modules[key] = module
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and use, as every module does; `training` may be a module here."""
+        self.__dict__["training"] = mode
+        for module in self.children():
+            module.train(mode)
+        return self
+
+
 def join(module: Any, key: str, form: Form) -> None:
     """Make a form a submodule of its site, which calls whatever is switched on through the shared hooks."""
     if not hasattr(module, "ts_forms"):
-        module.ts_forms = nn.ModuleDict()
+        module.ts_forms = ByName()
         module.register_forward_pre_hook(_enter, with_kwargs=True)
         module.register_forward_hook(_leave, with_kwargs=True)
     if key in module.ts_forms:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.adapters.forms import Form
+from tunesmith.adapters.hooks import ByName
 from tunesmith.core.errors import AdapterError
 
 Place = int | Literal["end"]
@@ -156,7 +157,7 @@ def join_tokens(model: Any, key: str, tokens: VirtualTokens) -> None:
     """Make tokens a submodule of the embedding, under ids that no other adapter has."""
     embedding = _embedding(model)
     if not hasattr(embedding, "ts_virtual"):
-        embedding.ts_virtual = nn.ModuleDict()
+        embedding.ts_virtual = ByName()
         for module in [
             each for each in model.modules() if getattr(each, "weight", None) is embedding.weight and hasattr(each, "num_embeddings")
         ]:

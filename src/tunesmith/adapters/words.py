@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from tunesmith.adapters.forms import TokenRows
+from tunesmith.adapters.hooks import ByName
 from tunesmith.core.errors import AdapterError
 
 
@@ -78,7 +79,7 @@ def head_terms(head: nn.Module, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 def _owned(module: Any) -> nn.ModuleDict:
     if not hasattr(module, "ts_rows"):
-        module.ts_rows = nn.ModuleDict()
+        module.ts_rows = ByName()
     return cast(nn.ModuleDict, module.ts_rows)
 
 

@@ -119,7 +119,8 @@ def refuse_foreign(overrides: Sequence[str], sections: Sequence[str]) -> None:
     """Refuse keys that would change nothing. sections: the parts of a spec that do."""
     for word in overrides:
         if word.split("=")[0].split(".")[0] not in sections:
-            allowed = " and ".join(f"{section}.*" for section in sections)
+            *others, last = [f"{section}.*" for section in sections]
+            allowed = f"{', '.join(others)} and {last}"
             raise SpecError(
                 f"'{word}' changes nothing here; {allowed} do.", hints=["For example:  data.columns.text=tweet  ·  task.scoring=generation"]
             )
@@ -130,7 +131,7 @@ def question_spec(systems: Sequence[str], spec_file: Path | None, overrides: Seq
     from tunesmith.engine.runs import is_run
     from tunesmith.spec import load_spec, make_spec
 
-    refuse_foreign(overrides, ("data", "task"))
+    refuse_foreign(overrides, ("data", "task", "evaluate"))
     if spec_file is not None:
         return load_spec(spec_file, overrides)
     for run in filter(is_run, systems):

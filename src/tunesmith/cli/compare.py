@@ -17,7 +17,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="SYSTEM|KEY=VALUE",
-            help=f"Two or more that are compared, cheapest first: {SYSTEM_FORMS}; and data.* or task.* keys to set.",
+            help=f"Two or more that are compared, cheapest first: {SYSTEM_FORMS}; and data.*, task.* or evaluate.* keys to set.",
             show_default=False,
         ),
     ],
@@ -52,6 +52,7 @@ def compare(
         questions=questions,
         task=described.task if described else None,
         data=described.data if described else None,
+        judge=described.evaluate if described else None,
         margin=margin,
         reporter=session(ctx).reporter,
     )

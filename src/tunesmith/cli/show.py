@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.ladder.comparison import Comparison
     from tunesmith.ladder.training import Run
     from tunesmith.report import ReportPaths
-    from tunesmith.report.schema import Answer, Question, Report
+    from tunesmith.report.schema import Answer, Judge, Question, Report
 
 HANDFUL = 6
 
@@ -39,11 +39,21 @@ def show_climb(report: Report, paths: ReportPaths) -> None:
     console.print(to_table(report))
     if evidence := conclude(report).evidence:
         console.print(f"\n{evidence}")
-    console.print(f"\nreport    {paths.html}", soft_wrap=True)
+    console.print()
+    show_judges(report.judges)
+    console.print(f"report    {paths.html}", soft_wrap=True)
+
+
+def show_judges(judges: Sequence[Judge]) -> None:
+    """Who judged, by what, and whether that was ever held against people."""
+    for judge in judges:
+        stdout().print(f"judge     {judge.line()}", soft_wrap=True)
 
 
 def show_run(run: Run) -> None:
     """What a finished run ended with, and what can be done with it."""
+    from tunesmith.report.schema import Judge
+
     result = run.result
     best = [
         f"best dev {key.removeprefix('dev_')} {value:.3f} at step {result['best_step']}" for key, value in _dev(result) if value is not None
@@ -51,6 +61,7 @@ def show_run(run: Run) -> None:
     spent = f"{result['steps']} steps in {result['train_seconds']:.0f} s, peak {result['peak_memory_mb']:,.0f} MB"
     console = stdout()
     console.print(" · ".join([f"trained   {run.folder}", spent, *best]), soft_wrap=True)
+    show_judges([Judge(**values) for values in result.get("judges", [])])
     talks = "" if run.model.head is not None else f"  ·  tunesmith chat {run.folder}"
     console.print(f"next      tunesmith evaluate {run.folder} QUESTIONS{talks}", soft_wrap=True)
 
@@ -59,17 +70,14 @@ def _dev(result: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in result.items() if key.startswith("dev_") and key != "dev_seconds"]
 
 
-def metric_of(evaluation: Evaluation) -> str:
-    """The name of the metric that `score` is the mean of."""
-    metric = evaluation.task.metric
-    return metric if isinstance(metric, str) else next(iter(metric))
-
-
 def show_evaluation(evaluation: Evaluation, history: str = "") -> None:
-    """Score with its interval, each label's figures, and what an answer costs. history: whose turns a dialogue was continued from."""
+    """Score with its interval, each label's figures, who judged, and what an answer costs. history: whose turns a dialogue was continued
+    from."""
+    from tunesmith.ladder.judging import judge_of
+
     interval, console = evaluation.interval(), stdout()
     whose = f" under {'the gold' if history == 'gold' else 'its own'} history" if history else ""
-    words = [f"{metric_of(evaluation)} {evaluation.score:.3f}{whose} (95 %: {interval.low:.3f} to {interval.high:.3f})"]
+    words = [f"{evaluation.task.measure} {evaluation.score:.3f}{whose} (95 %: {interval.low:.3f} to {interval.high:.3f})"]
     if evaluation.task.kind == "tags":
         words += [f"macro F1 {evaluation.macro_f1():.3f}"]
     if evaluation.task.kind == "label":
@@ -82,6 +90,7 @@ def show_evaluation(evaluation: Evaluation, history: str = "") -> None:
     cost = f"{evaluation.prompt_tokens:.1f} + {evaluation.completion_tokens:.1f} tokens and {evaluation.seconds:.3f} s an answer"
     peak = f" · peak {evaluation.peak_memory_mb:,.0f} MB" if evaluation.peak_memory_mb else ""
     console.print(f"{cost}{peak}", soft_wrap=True)
+    show_judges(judge_of(evaluation.task))
     for note in evaluation.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
     if classes := evaluation.classes():
@@ -104,11 +113,13 @@ def _class_table(classes: Sequence[ClassScore], names: tuple[str, str]) -> Table
 
 def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as plain values, every answer included."""
+    from tunesmith.ladder.judging import judge_of
+
     interval, matrix = evaluation.interval(), evaluation.confusion()
     return {
         "system": evaluation.system,
         "task": evaluation.task.name,
-        "metric": metric_of(evaluation),
+        "metric": evaluation.task.measure,
         "history": evaluation.task.history,
         "n_questions": evaluation.n,
         "score": evaluation.score,
@@ -123,6 +134,7 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
         "peak_memory_mb": evaluation.peak_memory_mb,
         "classes": [asdict(one) for one in evaluation.classes()],
         "confusion": asdict(matrix) if matrix else None,
+        "judges": [judge.model_dump() for judge in judge_of(evaluation.task)],
         "notes": evaluation.notes,
         "answers": [asdict(one) for one in evaluation.judged],
     }
@@ -142,6 +154,7 @@ def show_comparison(comparison: Comparison, report: Report) -> None:
         more = f", {made.questions_needed:,} more questions would decide it" if made.questions_needed else ""
         text.append(f" ({made.wins:,} won, {made.losses:,} lost, p = {made.p_adjusted:.2g}{more})")
         console.print(text, soft_wrap=True)
+    show_judges(report.judges)
     _show_differences(report)
 
 

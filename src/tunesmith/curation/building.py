@@ -26,6 +26,9 @@ class Labels(Protocol):
     def __call__(self, answers: Sequence[Answers], rules: Rules) -> list[list[Pair]]:
         """The pairs of each."""
 
+    def done(self) -> None:
+        """The pairs are written."""
+
 
 class Sampler(Protocol):
     """Who answers prompts."""
@@ -233,6 +236,8 @@ def _without_leaks(built: Built, recipe: Recipe, held_out: Mapping[str, Sequence
 
 
 def _where(pair: Pair) -> str:
+    """File and line: provenance tells the place within its source, which stands beside it."""
     told = pair.provenance
     own = told.get("chosen")
-    return str(told.get("where") or (own.get("where", "") if isinstance(own, Mapping) else ""))
+    place = str(told.get("where") or (own.get("where", "") if isinstance(own, Mapping) else ""))
+    return ", ".join(part for part in (str(told.get("source", "")), place) if part)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ from tunesmith.curation.agreement import (
 )
 from tunesmith.curation.labels import as_text
 from tunesmith.curation.pairs import Pair, Rules, folded, ordered
+from tunesmith.engine.journal import digest
 from tunesmith.evaluation.statistics import FEW
-from tunesmith.rollout.judges import Duel, Judge, Judgement
+from tunesmith.rollout.judges import Duel, Judge, Judgement, weights_of
+
+UNCHECKED = "not held against human labels"
 
 WIN_RATES = (0.55, 0.6, 0.7)
 """Win rates by the judge that the report translates into win rates by people."""
@@ -42,7 +47,8 @@ class Checked:
     with raters who never err. kappa, weighted_kappa: see `agreement`. flips: verdicts that change with the order; first: share of
     verdicts for whichever stands first. judge_longer, people_longer, length_bias: share of verdicts for the longer answer, the same of
     people on those pairs, and the difference. pairs: judged; none: without a verdict; soft: whether labels are shares of raters.
-    translated: what a win rate by this judge says of people, [rate, corrected, low, high].
+    translated: what a win rate by this judge says of people, [rate, corrected, low, high]. rates: it rated each answer by itself.
+    identity: what it is recognised by, see `judges.weights_of`. created: ISO 8601, UTC.
     """
 
     judge: str
@@ -65,6 +71,9 @@ class Checked:
     translated: tuple[tuple[float, float, float, float], ...] = ()
     asked: str = ""
     examples: tuple[str, ...] = ()
+    rates: bool = False
+    identity: str = ""
+    created: str = ""
 
     @property
     def verdict(self) -> str:
@@ -127,6 +136,9 @@ def check_judge(
         corrected=corrected_agreement(human, verdicts, clusters),
         asked=asking.tally.line(),
         examples=tuple(asking.told),
+        rates=rate,
+        identity=weights_of(judge.model) or "",
+        created=datetime.now(UTC).isoformat(),
     )
     if soft:
         found.single_rater = single_rater(human, verdicts, clusters)
@@ -197,10 +209,35 @@ def _translated(found: Checked) -> tuple[tuple[float, float, float, float], ...]
 
 
 def save(found: Checked, root: Path, name: str) -> Path:
-    """Write the report to ROOT/NAME/judge.json, whole or not at all; an earlier one of this name is replaced."""
+    """Write the report to ROOT/NAME/judge-KEY.json, whole or not at all. KEY follows from the judge, its rubric and how it was asked,
+    so that an earlier check of the same is replaced and none of another."""
     folder = root / (re.sub(r"[^\w.-]+", "-", name).strip("-.") or "judge")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / ".judge.json.new"
+    key = digest([found.identity or found.judge, found.judge, found.rubric])[:8]
+    beside = folder / f".judge-{key}.json.new"
     beside.write_text(json.dumps(found.as_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    beside.replace(folder / "judge.json")
-    return folder / "judge.json"
+    return beside.replace(folder / f"judge-{key}.json")
+
+
+def latest(root: Path, judge: Judge, *, rates: bool) -> dict[str, Any] | None:
+    """The last check of this judge by this rubric under a folder of runs, one asked in the same way (rates: each answer by itself) before
+    others; None where there is none. What cannot be read is passed over."""
+    identity, found = weights_of(judge.model), []
+    for file in root.glob("*/judge-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            values: dict[str, Any] = json.loads(file.read_text("utf-8"))
+            if identity and values["identity"] == identity and values["rubric"] == judge.rubric:
+                found.append((values["rates"] == rates, values["created"], values))
+    return max(found, key=lambda one: one[:2])[2] if found else None
+
+
+def held_against(root: Path, judge: Judge, *, rates: bool) -> str:
+    """What the last check of a judge found, in a few words; "not held against human labels" where there is none."""
+    known = latest(root, judge, rates=rates)
+    if known is None:
+        return UNCHECKED
+    found = known["agreement"]
+    how = "" if known["rates"] == rates else ", asked to rate" if known["rates"] else ", asked to compare"
+    within = f"{found['value'] * 100:.1f} % (95 %: {found['low'] * 100:.1f} to {found['high'] * 100:.1f})"
+    source = f" of {known['source']}" if known["source"] else ""
+    return f"agrees with people in {within} of {known['pairs']:,} pairs{source}{how}"

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from tunesmith.curation.pairs import Answers, Pair, Rules, folded, kept, ordered, oriented, pairs_of
-from tunesmith.engine.journal import digest
+from tunesmith.engine.asking import Reply
+from tunesmith.engine.journal import Journal, digest
+from tunesmith.rewardspec import function_of
 from tunesmith.rollout.judges import Duel, Judge
-from tunesmith.rollout.rewards import Rewards
+from tunesmith.rollout.named import content_of, model_behind
+from tunesmith.rollout.rewards import Reward, Rewards
+from tunesmith.rollout.rubric import in_words
 from tunesmith.rollout.sample import Sample
+
+CHUNK = 64
+"""Prompts whose answers are scored between two writings to disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +37,9 @@ class JudgeLabels:
     def told(self) -> str:
         """What was asked, and what brought no verdict."""
         return f"judge {self.judge.name}: {self.judge.tally.line()}"
+
+    def done(self) -> None:
+        """Verdicts are kept beyond the pairs: other work may ask the same."""
 
     def __call__(self, answers: Sequence[Answers], rules: Rules) -> list[list[Pair]]:
         """The margin of a compared pair is how sure the judge is, |2p - 1|; of a rated one the difference of the ratings."""
@@ -51,34 +65,78 @@ class JudgeLabels:
         return [_scored(own, [next(ratings) for _ in own.texts], rules, told) for own in answers]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RewardLabels:
-    """Rewards as scores. Answers for which none spoke make no pair. named: the expressions, for provenance."""
+    """Rewards as scores. Answers for which none spoke make no pair. named: the expressions, for provenance.
+
+    What each reward says is kept by content until the pairs are written, so that a stopped piece of work scores nothing twice.
+    """
 
     rewards: Rewards
     named: tuple[str, ...]
     told: str = ""
+    _journal: Journal | None = field(default=None, repr=False)
 
     def __call__(self, answers: Sequence[Answers], rules: Rules) -> list[list[Pair]]:
         """Raises RewardError where a reward fails."""
-        samples = [
-            Sample(
-                prompt=tuple([{"role": "user", "content": own.prompt}] if isinstance(own.prompt, str) else own.prompt),
-                completion=text,
-                answer=None if own.fields.get("answer") is None else str(own.fields["answer"]),
-                fields=own.fields,
-                finished=own.about[at].get("finished", "end") if own.about else "end",
-                where=own.where,
-                group=number,
-            )
-            for number, own in enumerate(answers)
-            for at, text in enumerate(own.texts)
-        ]
-        total = iter(self.rewards.score(samples).total)
+        groups = [_samples(own, number) for number, own in enumerate(answers)]
+        parts = self._parts(groups)
+        total = iter(self.rewards.totals([sample for own in groups for sample in own], parts))
         told = {"reward": list(self.named)}
         return [
             _scored(own, [None if math.isnan(value) else value for value in _take(total, len(own.texts))], rules, told) for own in answers
         ]
+
+    def done(self) -> None:
+        """The pairs are written: what the rewards said need not be kept any longer."""
+        if self._journal is not None:
+            self._journal.forget()
+
+    def _parts(self, groups: Sequence[Sequence[Sample]]) -> dict[str, list[float]]:
+        """What each reward says of all answers, by name; new scores are written down chunk by chunk."""
+        journal = self._journal = self._journal or Journal(digest([_identity(one) for one in self.rewards.rewards]), "rewards")
+        keys = [digest([_content(sample) for sample in own]) for own in groups]
+        found = {key: json.loads(kept.text) for key in keys if (kept := journal.get(key))}
+        left = {key: own for key, own in zip(keys, groups, strict=True) if key not in found and own}
+        with closing(journal):
+            for start in range(0, len(left), CHUNK):
+                part = dict(list(left.items())[start : start + CHUNK])
+                said, _ = self.rewards.parts([sample for own in part.values() for sample in own])
+                values = {name: iter(each) for name, each in said.items()}
+                for key, own in part.items():
+                    found[key] = {name: _take(each, len(own)) for name, each in values.items()}
+                    journal.keep(key, Reply(json.dumps(found[key]), "reward", 0, 0))
+        return {
+            name: [value for key, own in zip(keys, groups, strict=True) if own for value in found[key][name]] for name in self.rewards.names
+        }
+
+
+def _samples(answers: Answers, group: int) -> list[Sample]:
+    """The answers to a prompt as rewards see them."""
+    return [
+        Sample(
+            prompt=tuple([{"role": "user", "content": answers.prompt}] if isinstance(answers.prompt, str) else answers.prompt),
+            completion=text,
+            answer=None if answers.fields.get("answer") is None else str(answers.fields["answer"]),
+            fields=answers.fields,
+            finished=answers.about[at].get("finished", "end") if answers.about else "end",
+            where=answers.where,
+            group=group,
+        )
+        for at, text in enumerate(answers.texts)
+    ]
+
+
+def _content(sample: Sample) -> list[Any]:
+    """What a reward may read of an answer."""
+    return [sample.prompt, sample.completion, sample.answer, dict(sample.fields), sample.finished, sample.where]
+
+
+def _identity(reward: Reward) -> list[Any]:
+    """What stays the same where a reward does: how it is written, the file of a function, the weights of a model."""
+    there, model = function_of(reward.spec.reward), model_behind(reward.spec)
+    file = None if there is None else hashlib.sha256(Path(there[0]).expanduser().read_bytes()).hexdigest()
+    return [reward.spec.model_dump(mode="json"), file, None if model is None else content_of(model)]
 
 
 def _take(values: Iterator[float], count: int) -> list[float]:
@@ -116,7 +174,5 @@ def _scored(answers: Answers, scores: Sequence[float | None], rules: Rules, told
 
 
 def as_text(prompt: Any) -> str:
-    """A prompt as a judge reads it: a dialogue as its turns, each under the name of its speaker."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{str(turn.get('role', '')).capitalize()}: {turn.get('content') or ''}" for turn in prompt)
+    """A prompt as a judge reads it: a text as it stands, a dialogue as `rubric.in_words` has it."""
+    return prompt if isinstance(prompt, str) else in_words(prompt)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tunesmith.adapters.sites import blocks
 from tunesmith.core.errors import TunesmithError
+from tunesmith.engine.prepacked import laid_out, repays
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def _no_compiler() -> str:
 def compiled(model: PreTrainedModel, on: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Run the model's blocks compiled wherever gradients are on. The first failure turns it off, with a line saying why.
 
+    Frozen weights are laid out for the kernels meanwhile, which changes no bit: a run that is compiled has the tokens to repay it.
+
     Hook guards are switched on: without them Dynamo does not see that adapters are attached to some layers only, or later,
     and gives wrong results silently.
     """
@@ -75,7 +78,7 @@ def compiled(model: PreTrainedModel, on: bool, say: Callable[[str], None] = lamb
     run = _Layers(list(layers), say)
     settings = {"skip_nnmodule_hook_guards": False, "recompile_limit": _GRAPHS, "accumulated_recompile_limit": 4 * _GRAPHS}
     before = {layer: layer._compiled_call_impl for layer in layers}
-    with torch._dynamo.config.patch(settings):
+    with laid_out(model, repays(model, copies=2)), torch._dynamo.config.patch(settings):
         for layer in layers:
             layer._compiled_call_impl = run.call(layer)
         try:

@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 SHARE = 24
 """Tokens from which a beginning that all prompts share is read for itself."""
 
+_FOLDED = 1024
+"""Tokens that copies of a shared beginning may take, one for each group of rows: a level of its own costs two products a layer."""
+
 _READ = 4096
 """Tokens of prompts that are read at once."""
 
@@ -152,6 +155,7 @@ class Shared:
         self._places = places
         self._beginning = common_prefix(prompts) if one_route(routes) else []
         self._state: Decoding | None = None
+        self._root: Keys | None = None
         self._group: dict[int, int] = {}  # of a prompt; with share 1, of a row
         self._held: dict[int, tuple[Keys, Tensor]] = {}  # prompts whose rows have not all come in
         self._outside = list(self.left)
@@ -221,8 +225,14 @@ class Shared:
                 ids = self._beginning
                 before = self.cache.longest(self.forward.model, [*ids, 0], self._route(0)) if self.cache else None
                 root = self._through(ids, before)
-            self._state = Decoding(self.forward, self._places, self._share, root)
+            self._root = root
+            self._state = Decoding(self.forward, self._places, self._share, None if self._folds() else root)
         return self._state
+
+    def _folds(self) -> bool:
+        """Is what all prompts share short enough to lie with each of them?"""
+        groups = -(-self._places // self._share)
+        return self._root is not None and self._root.tokens * groups <= _FOLDED
 
     def _through(self, ids: list[int], before: Keys | None) -> Keys:
         """Keys of a beginning, of which some may be known."""
@@ -242,13 +252,14 @@ class Shared:
         return () if self.routes is None else self.routes[prompt]
 
     def _read(self, prompts: Sequence[int]) -> tuple[list[Keys], Tensor]:
-        """Keys after the root, and first logits."""
-        root = self._begin().root
+        """Keys after the root, or with it where it is folded, and first logits."""
+        state, root = self._begin(), self._root
         if not prompts:
             return [], torch.zeros(0)
         asked, routes = [self.prompts[prompt] for prompt in prompts], self._routes(prompts)
         if root is not None or self.cache is None:
-            return read_prompts(self.forward, [(ids[root.tokens if root else 0 :], root) for ids in asked], routes)
+            held, logits = read_prompts(self.forward, [(ids[root.tokens if root else 0 :], root) for ids in asked], routes)
+            return held if root is None or state.root is not None else [root.then(own) for own in held], logits
         model = self.forward.model
         known = [self.cache.longest(model, ids, self._route(prompt)) for prompt, ids in zip(prompts, asked, strict=True)]
         new = [(ids[before.tokens if before else 0 :], before) for ids, before in zip(asked, known, strict=True)]

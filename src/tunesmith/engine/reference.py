@@ -22,6 +22,7 @@ from tunesmith.core.row import Row, Segment
 from tunesmith.data.sharing import share_prefix
 from tunesmith.engine.memory import in_mode
 from tunesmith.engine.model import Model
+from tunesmith.engine.prepacked import prepacked, repays
 
 Numbers = NDArray[np.float32]
 
@@ -60,6 +61,8 @@ def read(model: Model, rows: Sequence[Row], *, reporter: Reporter | None = None)
         plain = [row for row, _ in trees] if merge else list(rows)
         place = {id(row): index for index, row in enumerate(plain)}
         budget = max(PACK_TOKENS, *map(forward.size, plain))
+        laid = repays(forward.model, sum(map(forward.size, plain)) // 64)
+        stack.enter_context(prepacked(forward.model, PACK_TOKENS, laid, forms=False))  # the bits of a forward in training
         for pack in forward.packs(plain, budget):
             values = forward(pack).log_probs.float().cpu().numpy()
             owner = pack.segment.cpu().numpy()

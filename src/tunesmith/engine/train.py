@@ -104,6 +104,7 @@ class Trainer:
         self.save_every = spec.train.save_every or self.every
         self.state = State()
         self.room = Room()
+        self._reward: float | None = None  # of the last iteration, where answers are sampled
         self._asked = self._stop = False  # this process was asked to stop; all processes stop after this step
         if spec.train.patience is not None and dev is None:
             hints = ["Set some apart:  data.dev=10%", "Or train to the end:  train.patience=null"]
@@ -148,7 +149,7 @@ class Trainer:
                         trackers.log(values, self.state.step)
                     judged = self._judge_and_save()
                     trackers.log(judged, self.state.step)
-                    work.advance(1, self._note(values["loss"]))
+                    work.advance(1, self._note(values))
         finally:
             self.adapter.train(False)
             trackers.end()
@@ -431,10 +432,13 @@ class Trainer:
         self._asked = True
         self._stop = not self.processes.several
 
-    def _note(self, loss: float) -> str:
+    def _note(self, values: Mapping[str, float]) -> str:
+        """Of a step: its loss; where answers are sampled the mean reward of the iteration, for the loss is near 0 whatever is learned."""
         state = self.state
+        self._reward = values.get("reward", self._reward)
+        said = f"loss {values['loss']:.3f}" if self._reward is None else f"reward {self._reward:.3f}"
         dev = f" · dev {state.best:.3f} (best, step {state.best_step})" if state.best is not None else ""
-        return f"loss {loss:.3f}{dev} · {state.tokens / max(state.train_seconds, 1e-9):,.0f} tok/s"
+        return f"{said}{dev} · {state.tokens / max(state.train_seconds, 1e-9):,.0f} tok/s"
 
 
 def _mix(*parts: int) -> int:

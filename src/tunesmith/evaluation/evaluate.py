@@ -22,6 +22,7 @@ from tunesmith.engine.model import Model
 from tunesmith.engine.server import Server
 from tunesmith.evaluation.answering import Answers, System, by_generation, by_head, by_likelihood
 from tunesmith.evaluation.dialogues import by_turns, turn_scores
+from tunesmith.evaluation.judging import mean_over_turns, refuse_silence
 from tunesmith.evaluation.labels import parse_label
 from tunesmith.evaluation.metrics import metric, score_all
 from tunesmith.evaluation.prompting import final_answer
@@ -34,7 +35,7 @@ __all__ = ["System", "evaluate", "evaluate_histories", "score_options"]
 
 
 def evaluate(system: System, task: Task, records: Sequence[Record], *, reporter: Reporter | None = None, batch: int = 32) -> Evaluation:
-    """Ask every record and judge every answer; nothing is dropped.
+    """Ask every record and judge every answer; nothing is dropped but questions that a judge says no verdict on, where it may.
 
     Raises DataError where a record cannot be asked or judged, RunError where answers leave no room in the context or a
     server fails, SpecError where labels are to be scored by likelihood through a server, or words asked of an encoder.
@@ -57,6 +58,8 @@ def evaluate(system: System, task: Task, records: Sequence[Record], *, reporter:
                 answers = by_generation(system, answerer, task, records, work.advance)
             seconds = time.perf_counter() - began
         judged = _judge(system, task, records, answers)  # within the session: a metric that fails costs no answers
+    if silent := len(records) - len(judged):
+        answers.notes.append(f"the judge gave no verdict on {silent:,} of {len(records):,} answers; these questions are left out")
     return Evaluation(
         system=system.name,
         task=task,
@@ -90,6 +93,7 @@ def evaluate_histories(
 def _judge(system: System, task: Task, records: Sequence[Record], answers: Answers) -> list[Judged]:
     golds = [task.gold(record) or "" for record in records]
     labels: list[str | None] = [None] * len(records)
+    scores: Sequence[float | None]
     if task.kind in ("label", "choice"):
         said = zip(records, answers.texts, strict=True)
         labels = list(answers.labels) if answers.labels is not None else [_parsed(system, task, record, text) for record, text in said]
@@ -101,14 +105,25 @@ def _judge(system: System, task: Task, records: Sequence[Record], answers: Answe
         scores = closeness([float(gold) for gold in golds], [float(text) for text in answers.texts])
     elif answers.turns:
         golds = ["\n".join(task.gold(cut) or "" for _, cut in turns) for turns in answers.turns]
-        scores = turn_scores(task, answers.turns)
+        scores = _by_judge(task, answers) if task.judge is not None else turn_scores(task, answers.turns)
     else:
         spoken = [final_answer(text) for text in answers.texts] if system.reasons else answers.texts
-        scores = score_all(metric(task.metric), spoken, records)
+        scores = task.judge.scores(task, spoken, records) if task.judge is not None else score_all(metric(task.metric), spoken, records)
+    if task.judge is not None:
+        refuse_silence(scores, task.judge)
     return [
         Judged(record.key(), record.where, record.question(), gold, text, label, score)
         for record, gold, text, label, score in zip(records, golds, answers.texts, labels, scores, strict=True)
+        if score is not None
     ]
+
+
+def _by_judge(task: Task, answers: Answers) -> list[float | None]:
+    """The judge's scores of dialogues, each turn judged with what stands before it."""
+    assert task.judge is not None
+    said = [turn for turns in answers.turns for turn in turns]
+    scores = task.judge.scores(task, [text for text, _ in said], [cut for _, cut in said])
+    return mean_over_turns(scores, [len(turns) for turns in answers.turns])
 
 
 def _parsed(system: System, task: Task, record: Record, text: str) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
+from tunesmith.core.errors import RunError
 from tunesmith.evaluation.metrics import ClassScore, ConfusionMatrix, confusion, macro_f1, per_class
 from tunesmith.evaluation.rating import Figure, figures_of
 from tunesmith.evaluation.ratios import Ratio, compared
@@ -12,7 +13,7 @@ from tunesmith.evaluation.statistics import Interval, Measured, Verdict, judged,
 from tunesmith.evaluation.tagging import Tagged
 from tunesmith.evaluation.task import Task
 
-__all__ = ["ClassScore", "Evaluation", "Figure", "Judged", "compare_all"]
+__all__ = ["ClassScore", "Evaluation", "Figure", "Judged", "aligned", "compare_all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,20 @@ def compare_all(evaluations: list[Evaluation], pairs: list[tuple[int, int]], mar
     if evaluations[0].task.kind == "tags":
         return judged([_compared(evaluations[a], evaluations[b]) for a, b in pairs], margin=margin)
     return verdicts([(evaluations[a].scores, evaluations[b].scores) for a, b in pairs], margin=margin)
+
+
+def aligned(evaluations: list[Evaluation]) -> list[Evaluation]:
+    """The evaluations on the questions that all of them scored: a judge may have left some out, of some systems.
+
+    Raises RunError where no question is left.
+    """
+    asked = [{(one.key, one.where) for one in evaluation.judged} for evaluation in evaluations]
+    common = set.intersection(*asked) if asked else set()
+    if all(own == common for own in asked):
+        return evaluations
+    if not common:
+        raise RunError("there is no question on which the judge gave a verdict for every system.", hints=["evaluate.judge.no_verdict=tie"])
+    return [replace(each, judged=[one for one in each.judged if (one.key, one.where) in common]) for each in evaluations]
 
 
 def _compared(a: Evaluation, b: Evaluation) -> Measured:

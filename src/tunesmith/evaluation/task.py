@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.core.errors import DataError, SpecError
 from tunesmith.core.record import Message, Record, called
@@ -13,6 +13,9 @@ from tunesmith.evaluation.metrics import metric
 from tunesmith.evaluation.tags import Scheme
 from tunesmith.evaluation.tagsets import own_tags, tag_set
 from tunesmith.spec import TaskSpec
+
+if TYPE_CHECKING:
+    from tunesmith.evaluation.judging import Measure
 
 Kind = Literal["label", "tags", "value", "choice", "generate"]
 
@@ -37,7 +40,8 @@ class Task:
     the implicit reward of preference learning), or by generation and parsing; "auto": by the task head of a model
     that has one, else by likelihood. metric: name or {name: options}; "accuracy" for labels, "exact_match" if none is named
     for text. history: whose turns a dialogue is continued from. scheme: that the records' tags are written in; repair: illegal
-    ones are read as `tagsets.own_tags` says. subwords: pieces of a word that are asked ("auto": as the base reads).
+    ones are read as `tagsets.own_tags` says. subwords: pieces of a word that are asked ("auto": as the base reads). judge: scores
+    answers in free words in place of the metric.
     """
 
     name: str
@@ -52,11 +56,19 @@ class Task:
     scheme: Scheme = "IOB2"
     repair: bool = False
     subwords: Literal["auto", "first", "last", "all"] = "auto"
+    judge: Measure | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.metric:
             plain = self.kind == "tags" and self.scheme == "plain"
             object.__setattr__(self, "metric", "accuracy" if plain else _METRICS[self.kind])
+
+    @property
+    def measure(self) -> str:
+        """The name of what an answer's score is."""
+        if self.judge is not None:
+            return self.judge.name
+        return self.metric if isinstance(self.metric, str) else next(iter(self.metric))
 
     def among(self, record: Record) -> tuple[str, ...]:
         """What an answer is chosen from: the labels, or the record's own candidates."""
@@ -114,26 +126,37 @@ class Task:
             return [*self.ask(record), reply]
         return self.with_system(record.messages)
 
-    def check(self, records: Sequence[Record]) -> None:
-        """Refuse questions that cannot be asked or judged: without a gold answer, with a label that training never shows."""
+    def check(self, records: Sequence[Record], *, rated: bool = False) -> None:
+        """Refuse questions that cannot be asked or judged: without a gold answer, with a label that training never shows.
+
+        rated: a judge will rate the answers by themselves, so that none has to be there to hold them against.
+        """
+        rated = rated or (self.judge is not None and not self.judge.compares)
+        rated = rated and self.kind == "generate" and not any(map(is_dialogue, records))  # of which gold turns are asked for
         for record in records:
-            answer = self.gold(record)
-            if answer is None:
-                hints = ["Preferences are judged by pairs:  {prompt, chosen, rejected}"] if record.shape == "rated" else []
-                hints += ["A file of pairs is read as such with:  data.shape=pair"] if record.shape == "question" else []
-                raise DataError("the question has no gold answer to judge by.", where=record.where, hints=hints)
-            if self.kind in _SHAPES.values() and _SHAPES.get(record.shape) != self.kind:
-                raise DataError(f"the row reads as '{record.shape}', and the task asks for {_ASKS[self.kind]}.", where=record.where)
-            if self.kind == "label" and answer not in self.labels:
-                raise DataError(
-                    f"the label '{_short(answer)}' never occurs in the training samples (labels: {', '.join(self.labels)}).",
-                    where=record.where,
-                    hints=["Correct the label, add training samples of it, or list it:  task.labels=[...]"],
-                )
-            if self.kind == "generate" and not answer.strip():
-                what = "calls a tool" if called(record.reply() or {}) else "is empty"
-                raise DataError(f"the gold answer {what}, and only text is judged.", where=record.where)
+            if rated:
+                self.ask(record)
+            else:
+                self._check_gold(record)
             self._check_instruction(record)
+
+    def _check_gold(self, record: Record) -> None:
+        answer = self.gold(record)
+        if answer is None:
+            hints = ["Preferences are judged by pairs:  {prompt, chosen, rejected}"] if record.shape == "rated" else []
+            hints += ["A file of pairs is read as such with:  data.shape=pair"] if record.shape == "question" else []
+            raise DataError("the question has no gold answer to judge by.", where=record.where, hints=hints)
+        if self.kind in _SHAPES.values() and _SHAPES.get(record.shape) != self.kind:
+            raise DataError(f"the row reads as '{record.shape}', and the task asks for {_ASKS[self.kind]}.", where=record.where)
+        if self.kind == "label" and answer not in self.labels:
+            raise DataError(
+                f"the label '{_short(answer)}' never occurs in the training samples (labels: {', '.join(self.labels)}).",
+                where=record.where,
+                hints=["Correct the label, add training samples of it, or list it:  task.labels=[...]"],
+            )
+        if self.kind == "generate" and not answer.strip():
+            what = "calls a tool" if called(record.reply() or {}) else "is empty"
+            raise DataError(f"the gold answer {what}, and only text is judged.", where=record.where)
 
     def _check_instruction(self, record: Record) -> None:
         if self.instruction and is_dialogue(record):

@@ -15,6 +15,7 @@ from tunesmith.evaluation.results import Evaluation, Judged
 from tunesmith.evaluation.task import Task
 from tunesmith.ladder.heads import TRAINING, check_rungs_of
 from tunesmith.ladder.job import Job, environment, prepare, run_folder
+from tunesmith.ladder.judging import judge_of, kindred, lends_base, with_judge
 from tunesmith.ladder.reporting import Climbed, build_report
 from tunesmith.ladder.rungs import Rung, make_rungs
 from tunesmith.ladder.streaming import check_rungs
@@ -44,15 +45,17 @@ def climb(
         _begin(folder, spec, resume)
         job = prepare(on_dtype_of(spec, folder.environment()) if folder.started else spec, reporter=reporter)
         check_rungs_of(spec, job.start)
-        job.task.check(job.splits.test)
+        task = with_judge(job.task, spec.evaluate.judge, base=job.base, reporter=reporter)
+        task.check(job.splits.test)
         if not folder.started:
             folder.begin(spec, environment(job.base))
-        job.keep_base = spec.climb.rungs[-1].split("(")[0].strip() not in TRAINING
+        job.keep_base = spec.climb.rungs[-1].split("(")[0].strip() not in TRAINING or lends_base(spec.evaluate.judge, job.base)
         _say_questions(job)
         done: list[Climbed] = []
         for expression, maker in makers:
-            done.append(_one_rung(job, folder, expression, maker(job, folder.path), [c.rung.name for c in done]))
-        report = build_report(job, done, environment(job.base))
+            done.append(_one_rung(job, task, folder, expression, maker(job, folder.path), [c.rung.name for c in done]))
+        report = build_report(job, done, environment(job.base), judge_of(task, root))
+        report.notes += kindred(task, [job.start])
         paths = write_report(report, folder.path)
         folder.finish({"rungs": [c.rung.name for c in done], "recommendation": report.recommendation.model_dump()})
     return report, paths
@@ -79,19 +82,19 @@ def _say_questions(job: Job) -> None:
         job.reporter.line("", note)
 
 
-def _one_rung(job: Job, folder: RunFolder, expression: str, rung: Rung, taken: list[str]) -> Climbed:
+def _one_rung(job: Job, task: Task, folder: RunFolder, expression: str, rung: Rung, taken: list[str]) -> Climbed:
     if rung.name in taken:
         rung.name = rung.system.name = f"{rung.name}-{sum(name.startswith(rung.name) for name in taken) + 1}"
     kept = folder.path / "rungs" / f"{rung.name}.json"
     mark = _mark(job, expression)
-    evaluation = _read(kept, mark, job.task)
+    evaluation = _read(kept, mark, task)
     if evaluation is None:
-        evaluation = evaluate(rung.system, job.task, job.splits.test, reporter=job.reporter)
+        evaluation = evaluate(rung.system, task, job.splits.test, reporter=job.reporter)
         _write(kept, mark, evaluation)
     interval = evaluation.interval()
     job.reporter.line(
         "rung",
-        f"{rung.name}: {job.asked_metric} {evaluation.score:.3f} ({interval.low:.3f} to {interval.high:.3f}) · "
+        f"{rung.name}: {task.measure} {evaluation.score:.3f} ({interval.low:.3f} to {interval.high:.3f}) · "
         f"{evaluation.prompt_tokens:.0f} + {evaluation.completion_tokens:.0f} tokens and {evaluation.seconds:.3f} s an answer",
     )
     return Climbed(rung, evaluation, _curve(rung, job.asked_metric))

@@ -9,24 +9,27 @@ from typing import Any
 from tunesmith.core.progress import Reporter
 from tunesmith.core.record import Record
 from tunesmith.evaluation.evaluate import System, evaluate
-from tunesmith.evaluation.results import Evaluation, Judged
+from tunesmith.evaluation.results import Evaluation, Judged, aligned
 from tunesmith.evaluation.statistics import Verdict
 from tunesmith.evaluation.task import Task
+from tunesmith.ladder.judging import kindred
 from tunesmith.ladder.reporting import Climbed, paired_verdicts, report_of
 from tunesmith.ladder.rungs import Rung
 from tunesmith.report import to_table
-from tunesmith.report.schema import Report
+from tunesmith.report.schema import Judge, Report
 
 
 @dataclass(slots=True)
 class Comparison:
-    """evaluations: in the order given. verdicts: (a, b) -> how a does against b, corrected for one another."""
+    """evaluations: in the order given. verdicts: (a, b) -> how a does against b, corrected for one another. judges: who scored the
+    answers, if a metric did not, and who rewarded them in training."""
 
     task: Task
     systems: list[System]
     evaluations: list[Evaluation]
     verdicts: dict[tuple[int, int], Verdict]
     margin: float
+    judges: Sequence[Judge] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -51,15 +54,17 @@ class Comparison:
             Climbed(Rung(s.name, s.name, f"{s.name}, asked zero-shot.", s), e, [])
             for s, e in zip(self.systems, self.evaluations, strict=True)
         ]
-        metric = self.task.metric if isinstance(self.task.metric, str) else next(iter(self.task.metric))
-        return report_of(
+        report = report_of(
             done,
             title=" or ".join(system.name for system in self.systems) + "?",
             task=self.task,
             base=self.systems[0].source,
-            metric=metric,
+            metric=self.task.measure,
             margin=self.margin,
+            judges=self.judges,
         )
+        report.notes += kindred(self.task, [system.model for system in self.systems])
+        return report
 
     def __rich__(self) -> Any:
         return to_table(self.report())
@@ -79,11 +84,17 @@ class Comparison:
 
 
 def compare_systems(
-    systems: Sequence[System], task: Task, records: Sequence[Record], *, margin: float = 0.02, reporter: Reporter | None = None
+    systems: Sequence[System],
+    task: Task,
+    records: Sequence[Record],
+    *,
+    margin: float = 0.02,
+    judges: Sequence[Judge] = (),
+    reporter: Reporter | None = None,
 ) -> Comparison:
-    """Ask each system every record. Raises what `evaluate` raises."""
+    """Ask each system every record, and compare on those that every one has a score for. Raises what `evaluate` raises."""
     for system in systems:
         system.way(task)  # a refusal comes before any work
-    evaluations = [evaluate(system, task, records, reporter=reporter) for system in systems]
+    evaluations = aligned([evaluate(system, task, records, reporter=reporter) for system in systems])
     verdicts = paired_verdicts(evaluations, margin)
-    return Comparison(task, list(systems), evaluations, verdicts, margin)
+    return Comparison(task, list(systems), evaluations, verdicts, margin, judges)

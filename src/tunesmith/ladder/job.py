@@ -35,6 +35,7 @@ from tunesmith.evaluation.prompting import zero_shot
 from tunesmith.evaluation.task import Task, make_task
 from tunesmith.ladder.data import Splits, as_messages, load_splits, take
 from tunesmith.ladder.heads import check_objective, give_head, labels_of, scale_of
+from tunesmith.ladder.judging import check_judge, rates_alone, refuse_unjudged
 from tunesmith.ladder.objective import compares, objective_of
 from tunesmith.ladder.preferring import judge_answers, made_answers, referred
 from tunesmith.ladder.reinforcing import check_rewards
@@ -167,23 +168,26 @@ class Job:
     @property
     def asked_metric(self) -> str:
         """What answers to questions are judged by, whatever was trained on."""
-        metric = self.task.metric
-        return metric if isinstance(metric, str) else next(iter(metric))
+        return self.task.measure
 
 
 def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model | None = None) -> Job:
     """Load what a spec names. base: one that is loaded already (the spec's is then not loaded again)."""
     reporter = reporter or Quiet()
     check_teaching(spec)
+    check_judge(spec)
     splits = load_splits(spec.data, reporter)
     rewards = check_rewards(spec, splits.train)
     start = base if isinstance(base, Model) else Model(base) if base is not None else load_start(spec, reporter)
     witnesses = splits.witnesses or splits.train
     job = Job(spec, start, splits, make_task(spec.task, witnesses), reporter, notes=[*splits.notes], rewards=rewards)
     check_objective(spec, start, job.task, witnesses)
-    for part in () if objective_of(spec).samples or compares(objective_of(spec)) else (splits.dev, splits.test):
+    if spec.evaluate.judge is not None:
+        refuse_unjudged(job.task)
+    unasked = objective_of(spec).samples or compares(objective_of(spec))
+    for part, rated in () if unasked else ((splits.dev, False), (splits.test, rates_alone(spec))):
         if any(record.shape != "text" for record in part):
-            job.task.check([record for record in part if record.good is not False])
+            job.task.check([record for record in part if record.good is not False], rated=rated)
     return job
 
 

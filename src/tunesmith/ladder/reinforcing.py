@@ -11,6 +11,7 @@ from tunesmith.core.record import Record
 from tunesmith.engine.model import Model
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.ladder.data import take
+from tunesmith.ladder.judging import reward_judges
 from tunesmith.ladder.objective import objective_of
 from tunesmith.ladder.streaming import RecordStream
 from tunesmith.rollout.begin import critic_of, dev_reward, rollouts, save_critic
@@ -40,7 +41,7 @@ class Rollout:
 def check_rewards(spec: Spec, records: Sequence[Record] | RecordStream) -> Rewards | None:
     """The spec's rewards, held against the columns of the data; None where nothing is sampled.
 
-    Raises SpecError for an objective that samples without rewards, rewards that nobody reads, and what `Rewards` refuses.
+    Raises SpecError for an objective that samples without rewards, rewards that nobody reads, and what `Rewards` and its `check` refuse.
     """
     if not objective_of(spec).samples:
         if spec.rewards:
@@ -49,7 +50,9 @@ def check_rewards(spec: Spec, records: Sequence[Record] | RecordStream) -> Rewar
         return None
     if isinstance(records, RecordStream):
         raise SpecError("prompts are held in memory while their answers are sampled.", where="data.stream", hints=["data.stream=false"])
-    return Rewards(spec.rewards, columns={column for record in records[:100] for column in map(str, record.fields)})
+    rewards = Rewards(spec.rewards, columns={column for record in records[:100] for column in map(str, record.fields)})
+    rewards.check()
+    return rewards
 
 
 def critic_for(job: Job) -> Model | None:
@@ -82,4 +85,6 @@ def _score(job: Job) -> Score:
     assert job.rewards is not None
     job.rewards.share(job.base)
     job.reporter.line("rewards", " · ".join(job.rewards.names))
+    for judge in reward_judges(job.rewards, "gives the reward"):
+        job.reporter.line("judge", judge.line())
     return scored_by(job.rewards)

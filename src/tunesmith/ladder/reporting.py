@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from tunesmith.evaluation.results import Evaluation, Figure, compare_all
+from tunesmith.evaluation.results import Evaluation, Figure, aligned, compare_all
 from tunesmith.evaluation.statistics import Verdict
 from tunesmith.evaluation.task import Task
 from tunesmith.ladder.job import Job
 from tunesmith.ladder.rungs import Rung
-from tunesmith.report.schema import Answer, ClassScore, Confusion, CurvePoint, Question, Recommendation, Report, Versus
+from tunesmith.report.numbers import scale_for
+from tunesmith.report.schema import Answer, ClassScore, Confusion, CurvePoint, Judge, Question, Recommendation, Report, Versus
 from tunesmith.report.schema import Rung as RungReport
 
 Pair = tuple[int, int]
@@ -26,18 +28,19 @@ class Climbed:
     curve: list[CurvePoint]
 
 
-def build_report(job: Job, done: list[Climbed], environment: dict[str, Any]) -> Report:
-    """Everything that a climb found, as data."""
+def build_report(job: Job, done: list[Climbed], environment: dict[str, Any], judges: Sequence[Judge] = ()) -> Report:
+    """Everything that a climb found, as data. judges: who scored the answers, if a metric did not."""
     spec = job.spec
     report = report_of(
         done,
         title=f"{job.task.name}: which adaptation was worth it?",
         task=job.task,
         base=job.base.name,
-        metric=job.asked_metric,
+        metric=done[0].evaluation.task.measure,
         margin=spec.climb.margin,
         target=spec.climb.target,
         show=spec.climb.show,
+        judges=judges,
     )
     report.settings, report.environment = spec.model_dump(mode="json"), environment
     report.notes = list(dict.fromkeys([*filter(None, job.notes), *report.notes]))
@@ -46,10 +49,20 @@ def build_report(job: Job, done: list[Climbed], environment: dict[str, Any]) -> 
 
 
 def report_of(
-    done: list[Climbed], *, title: str, task: Task, base: str, metric: str, margin: float, target: float | None = None, show: int = 20
+    done: list[Climbed],
+    *,
+    title: str,
+    task: Task,
+    base: str,
+    metric: str,
+    margin: float,
+    target: float | None = None,
+    show: int = 20,
+    judges: Sequence[Judge] = (),
 ) -> Report:
-    """A report on any systems that answered the same questions."""
-    evaluations = [climbed.evaluation for climbed in done]
+    """A report on any systems that answered the same questions: on those that every one has a score for."""
+    evaluations = aligned([climbed.evaluation for climbed in done])
+    done = [replace(climbed, evaluation=own) for climbed, own in zip(done, evaluations, strict=True)]
     verdicts = paired_verdicts(evaluations, margin)
     graded = task.kind == "tags" or any(score not in (0.0, 1.0) for evaluation in evaluations for score in evaluation.scores)
     return Report(
@@ -60,6 +73,7 @@ def report_of(
         n_questions=evaluations[0].n,
         labels=list(task.labels) if task.kind == "label" else [],
         metric=metric,
+        judges=list(judges),
         rungs=[rung_report(c, i, verdicts, evaluations) for i, c in enumerate(done)],
         recommendation=recommend(done, verdicts, target),
         questions=notable_questions(done, show),
@@ -95,7 +109,7 @@ def recommend(done: list[Climbed], verdicts: dict[Pair, Verdict], target: float 
     Rungs are in the order of their cost. An undecided difference is no reason to pay more, and is said.
     """
     evaluations = [climbed.evaluation for climbed in done]
-    best = _best(evaluations, len(done))
+    scale, best = scale_for(evaluations[0].task.measure), _best(evaluations, len(done))
     if target is not None:
         return _for_target(done, best, target)
     cheaper = [i for i in range(best) if verdicts[best, i].verdict != "better"]
@@ -104,40 +118,35 @@ def recommend(done: list[Climbed], verdicts: dict[Pair, Verdict], target: float 
     if chosen != best:
         v = verdicts[best, chosen]
         more = f"; {v.questions_needed:,} more questions would settle it" if v.questions_needed else ""
-        other = f"{done[best].rung.name} reaches {_share(evaluations[best].score)}"
-        return Recommendation(
-            rung=name, reason=f"{_share(score)} right; {other} but is not shown to be better ({v.verdict}, {_p(v)}{more})."
-        )
+        other = f"{done[best].rung.name} reaches {scale.score(evaluations[best].score)}"
+        return Recommendation(rung=name, reason=f"{scale.told(score)}; {other} but is not shown to be better ({v.verdict}, {_p(v)}{more}).")
     if best == 0:
-        return Recommendation(rung=name, reason=f"{_share(score)} right; nothing after it does better.")
+        return Recommendation(rung=name, reason=f"{scale.told(score)}; nothing after it does better.")
     rival = max(range(best), key=lambda i: evaluations[i].score)
     v = verdicts[best, rival]
     saved = evaluations[rival].prompt_tokens - evaluations[best].prompt_tokens
     tokens = f" It reads {saved:.0f} tokens less an answer." if saved >= 1 else ""
+    more = f"{100 * v.difference:.1f} points more" if scale.percent else f"{v.difference:.3f} more"
     return Recommendation(
         rung=name,
-        reason=f"{_share(score)} right, {100 * v.difference:.1f} points more than {done[rival].rung.name}, the best before it: "
+        reason=f"{scale.told(score)}, {more} than {done[rival].rung.name}, the best before it: "
         f"{v.wins} questions won, {v.losses} lost ({_p(v)}).{tokens}",
     )
 
 
 def _for_target(done: list[Climbed], best: int, target: float) -> Recommendation:
+    scale = scale_for(done[0].evaluation.task.measure)
     for climbed in done:
         score, low = climbed.evaluation.score, climbed.evaluation.interval().low
         if score >= target:
-            sure = "its whole interval lies above it" if low >= target else f"but its interval begins at {_share(low)}"
-            return Recommendation(
-                rung=climbed.rung.name, reason=f"the cheapest rung to reach the target of {_share(target)}: {_share(score)} right, {sure}."
-            )
+            sure = "its whole interval lies above it" if low >= target else f"but its interval begins at {scale.score(low)}"
+            reason = f"the cheapest rung to reach the target of {scale.score(target)}: {scale.told(score)}, {sure}."
+            return Recommendation(rung=climbed.rung.name, reason=reason)
     found = done[best]
     return Recommendation(
         rung=found.rung.name,
-        reason=f"no rung reaches the target of {_share(target)}; this one comes nearest with {_share(found.evaluation.score)}.",
+        reason=f"no rung reaches the target of {scale.score(target)}; this one comes nearest with {scale.score(found.evaluation.score)}.",
     )
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _p(v: Verdict) -> str:

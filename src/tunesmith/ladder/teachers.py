@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tunesmith.adapters import plan
@@ -11,9 +9,9 @@ from tunesmith.bases import load_base
 from tunesmith.core.errors import SpecError
 from tunesmith.engine.losses import parts_of
 from tunesmith.engine.model import Model
-from tunesmith.engine.rundir import RunFolder
-from tunesmith.engine.runs import ADAPTER, TRAINED, is_run, open_run
+from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.teaching import check_teacher
+from tunesmith.rollout.named import chain, lineage
 from tunesmith.spec import Spec
 
 if TYPE_CHECKING:
@@ -52,24 +50,14 @@ def _shared(job: Job, source: str) -> Model | None:
         return Model(job.start.base, list(job.start.adapters), "teacher")
     if not is_run(source):
         return None
-    specs = list(_chain(source))
+    specs = [spec for _, spec in chain(source)]
     if any(part.kind == "in-place" for spec in specs if spec.adapter != "continue" for part in plan(spec.adapter)):
         return None
-    ours = list(_chain(job.spec.base.model))[-1].base if is_run(job.spec.base.model) else job.spec.base
+    ours = lineage(job.spec)[-1].base
     same = {"dtype", "device"}
     if specs[-1].base.model_dump(exclude=same) != ours.model_dump(exclude=same):
         return None
     return open_run(source, base=job.base)
-
-
-def _chain(source: str) -> Iterator[Spec]:
-    """The specs of a run and of the runs that it began from, itself first."""
-    while is_run(source):
-        path = Path(source)
-        path = path / TRAINED if not (path / ADAPTER).exists() and is_run(path / TRAINED) else path
-        spec = RunFolder(path).spec()
-        yield spec
-        source = spec.base.model
 
 
 def _apart(job: Job, source: str) -> Model:

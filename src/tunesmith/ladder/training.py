@@ -21,6 +21,7 @@ from tunesmith.engine.runs import ADAPTER, open_run, save_run
 from tunesmith.engine.train import DevMetric, Trainer
 from tunesmith.ladder.heads import give_head
 from tunesmith.ladder.job import Job, environment, prepare, run_folder, trainable_model
+from tunesmith.ladder.judging import reward_judges
 from tunesmith.ladder.objective import objective_of
 from tunesmith.ladder.reinforcing import begin, critic_for
 from tunesmith.ladder.teachers import teacher_of
@@ -140,6 +141,7 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
         "supervised_tokens": state.supervised,
         "learning_rate": trainer.lr,
         "labels": list(job.task.labels),
+        "judges": [judge.model_dump() for judge in reward_judges(job.rewards, root=folder.path.parent)] if job.rewards else [],
         "state": asdict(state),
     }
     folder.finish(result)

@@ -20,6 +20,7 @@ def to_markdown(report: Report) -> str:
         f"Recommended: **{text(concluded.rung.title)}**. {text(report.recommendation.reason)}",
         _evidence(concluded),
         f"Task: {text(report.task)} · base: {text(report.base)} · {report.n_questions:,} questions · {text(report.created)}",
+        "\n".join(f"- Judge: {text(judge.line())}" for judge in report.judges),
         "## Rungs",
         _rungs(report, concluded.rung, trained),
         _versus(report),

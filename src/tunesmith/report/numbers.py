@@ -34,6 +34,10 @@ class Scale:
     def score(self, value: float, digits: int = 1) -> str:
         return f"{value * 100:.{digits}f} %" if self.percent else f"{value:.3f}"
 
+    def told(self, value: float) -> str:
+        """A score with what it is: "94.0 % right", "judge rating 0.612"."""
+        return f"{self.score(value)} right" if self.percent else f"{self.name} {self.score(value)}"
+
     def bounds(self, low: float, high: float) -> str:
         """An interval without its unit: it stands beside a score that has one."""
         return f"{low * 100:.1f} to {high * 100:.1f}" if self.percent else f"{low:.3f} to {high:.3f}"
@@ -58,8 +62,12 @@ class Scale:
 
 
 def scale_of(report: Report) -> Scale:
-    name = NAMES.get(report.metric.lower(), report.metric.replace("_", " "))
-    return Scale(name, report.metric.lower() in PROPORTIONS)
+    return scale_for(report.metric)
+
+
+def scale_for(metric: str) -> Scale:
+    """How a metric is written, by its name."""
+    return Scale(NAMES.get(metric.lower(), metric.replace("_", " ")), metric.lower() in PROPORTIONS)
 
 
 def signed(value: float, digits: int) -> str:

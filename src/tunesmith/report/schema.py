@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 VerdictWord = Literal["better", "worse", "equivalent", "undecided"]
 
@@ -97,6 +97,19 @@ class Recommendation(_Part):
     reason: str
 
 
+class Judge(_Part):
+    """A judge that scored the answers, or that rewarded them while a run was trained."""
+
+    role: str = Field(description="what it did")
+    name: str = Field(description="the model, and how it was asked")
+    rubric: str = Field(description="the first line of what it judged by")
+    checked: str = Field(description="its agreement with human labels at its last check, or that there was none")
+
+    def line(self) -> str:
+        """In one line."""
+        return f"{self.name} {self.role}, by the rubric “{self.rubric}”; {self.checked}"
+
+
 class Report(_Part):
     schema_version: str = SCHEMA_VERSION
     title: str
@@ -109,6 +122,7 @@ class Report(_Part):
     interval_method: str = Field(default="Wilson", description="how the rungs' 95 % intervals were computed")
     paired_test: str = Field(default="exact McNemar", description="the two-sided test behind every verdict")
     command: str = Field(default="", description="the command that makes this report again")
+    judges: list[Judge] = Field(default_factory=list, description="who judged the answers, and who rewarded them in training")
     rungs: list[Rung]
     recommendation: Recommendation
     questions: list[Question] = Field(default_factory=list, description="twenty, wins and losses first")

@@ -26,7 +26,7 @@ from tunesmith.objectives.advantage import adapted
 from tunesmith.objectives.registry import Amounts
 from tunesmith.rollout.answers import Answer, Held, Numbers, Prompt, as_tensors, from_tensors
 from tunesmith.rollout.credit import divergence, give_group_advantages, give_token_advantages, shaped
-from tunesmith.rollout.figures import figures_of, lines_of, reported, say_degenerate, show
+from tunesmith.rollout.figures import degenerate_line, figures_of, lines_of, reported, show, truncated_line
 from tunesmith.rollout.gathering import Gathered, Gatherer, Group
 from tunesmith.rollout.order import Place, groups_of, place_of
 from tunesmith.rollout.recording import Reference, log_probs, values
@@ -72,7 +72,7 @@ class Rollouts:
         self._file, self._offset = None if folder is None else folder / SAMPLES, 0
         self._figures: dict[str, float] = {}
         self._untold: Gathered | None = None
-        self._told = False  # of prompts that were left out: once, and then as often as answers are shown
+        self._told: set[str] = set()  # what was said once of answers that teach nothing; then it is said as often as answers are shown
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -267,13 +267,14 @@ class Rollouts:
             self.reporter.line("rewards", f"{len(gathered.problems)} answers were passed over; {gathered.problems[0]}")
         shown = bool(self.spec.show) and self._iteration % self.spec.show == 0
         idle = not self.settled.dynamic and not any(one.used for one in self._held or ())
-        if idle and (shown or not self._told):
-            said = "the answers to each prompt were rewarded alike, or not at all; nothing is learned in it"
-            self.reporter.line("rollout", f"iteration {self._iteration + 1}: {said}")
-            self._told = True
-        if self.settled.dynamic and len(gathered.groups) < self.spec.prompts and (shown or not self._told):
-            say_degenerate(self.reporter, gathered, self.spec.prompts, self._iteration)
-            self._told = True
+        for topic, said in (
+            ("idle", "the answers to each prompt were rewarded alike, or not at all; nothing is learned in it" if idle else None),
+            ("degenerate", degenerate_line(gathered, self.spec.prompts) if self.settled.dynamic else None),
+            ("truncated", truncated_line(gathered, self.spec.max_new_tokens) if self.settled.truncated == "mask" else None),
+        ):
+            if said is not None and (shown or topic not in self._told):
+                self.reporter.line("rollout", f"iteration {self._iteration + 1}: {said}")
+                self._told.add(topic)
         if shown:
             show(self.reporter, gathered, self.prompts, self._iteration)
         if self._file is not None and self.processes.first:

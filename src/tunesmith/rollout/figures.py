@@ -91,12 +91,24 @@ def show(reporter: Reporter, gathered: Gathered, prompts: Sequence[Prompt], iter
         reporter.line("", f"{said}{f' · {parts}' if parts else ''} · {_cut(answer.text)}")
 
 
-def say_degenerate(reporter: Reporter, gathered: Gathered, wanted: int, iteration: int) -> None:
-    """Tell of prompts that had to be left out, since no round of sampling brought answers that were rewarded differently."""
+def degenerate_line(gathered: Gathered, wanted: int) -> str | None:
+    """Of prompts that had to be left out, since no round of sampling brought answers that were rewarded differently."""
+    if len(gathered.groups) >= wanted:
+        return None
     tried = f"{len(gathered.left)} of {len(gathered.left) + len(gathered.groups)} prompts had answers that were all rewarded alike"
     rounds = f"in {gathered.rounds} round{'s' if gathered.rounds > 1 else ''} of sampling"
     learned = f"it learns from {len(gathered.groups)} of {wanted}" if gathered.groups else "nothing is learned in it"
-    reporter.line("rollout", f"iteration {iteration + 1}: {tried} {rounds}; {learned}")
+    return f"{tried} {rounds}; {learned}"
+
+
+def truncated_line(gathered: Gathered, longest: int) -> str | None:
+    """Of answers that were cut off and masked, where these are most of them."""
+    ended = [answer.ended for group in gathered.groups for answer in group.answers]
+    cut = len(ended) - sum(ended)
+    if 2 * cut <= len(ended):
+        return None
+    way = "rollout.max_new_tokens gives them room, rollout.truncated=keep learns from them"
+    return f"{cut} of {len(ended)} answers were cut off at {longest} tokens and are not learned from; {way}"
 
 
 def _asked(prompt: Prompt) -> str:

@@ -18,6 +18,8 @@ from typing import Literal, get_args
 import torch
 
 from tunesmith.bases import Base, load_base
+from tunesmith.bases.kinds import decide_kind, read_config
+from tunesmith.bases.source import locate
 from tunesmith.core.errors import DataError, RunError, SpecError, unknown
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.core.record import Message
@@ -29,6 +31,7 @@ from tunesmith.engine.model import Model
 from tunesmith.engine.runs import is_run, open_run
 from tunesmith.engine.sampler import Sampling
 from tunesmith.engine.server import Server, connect, is_server
+from tunesmith.rollout.named import head_of, stands_on
 from tunesmith.rollout.rubric import COMPARE, Form, again, question, rating_on, rubric_of, settled
 
 Way = Literal["likelihood", "generation"]
@@ -110,6 +113,7 @@ class Judge:
     reporter: Reporter = field(default_factory=Quiet, repr=False)
     tally: Tally = field(default_factory=Tally)
     told: list[str] = field(default_factory=list)
+    _too_long: dict[str, str] = field(default_factory=dict, repr=False)  # questions beyond the context, and what is to be said of each
     _kept_answers: Journal | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,8 +140,8 @@ class Judge:
         return hashlib.sha256(self.rubric.encode()).hexdigest()[:12]
 
     def compare(self, duels: Sequence[Duel]) -> list[Judgement]:
-        """A judgement for each duel, in order. Raises RunError where no_verdict is "error" and prose came twice, DataError for a
-        question that the model's context does not hold, and what asking raises."""
+        """A judgement for each duel, in order. Raises, where no_verdict is "error", RunError for prose that came twice and DataError for
+        a question that the model's context does not hold; and what asking raises."""
         orders = [self._orders(duel) for duel in duels]
         asked = [
             (question(self.rubric, COMPARE, duel.prompt, texts, self.reasons), duel.where)
@@ -187,6 +191,9 @@ class Judge:
         """What becomes of questions that brought no verdict."""
         if self.no_verdict == "error":
             place = next(place for place, key in enumerate(keys) if found[key] is None)
+            if what := self._too_long.get(keys[place]):
+                hints = ["Shorten the texts or the rubric, or name a judge with more context.", "Or leave such out:  no_verdict=skip"]
+                raise DataError(what, where=asked[place][1] or self.name, hints=hints)
             hints = [
                 f"It said:  {self.told[-1] if self.told else 'nothing'}",
                 "Count such as ties, or leave them out:  no_verdict=tie  ·  no_verdict=skip",
@@ -207,8 +214,9 @@ class Judge:
         if self.way == "likelihood":
             if self.reasons:
                 thought = self._said(asked, "thought", journal)
-                asked = {key: (settled(messages, thought[key].text, form), where) for key, (messages, where) in asked.items()}
-            return {key: value for key, value in self._likely(form, asked, journal).items()}
+                asked = {key: (settled(asked[key][0], own.text, form), asked[key][1]) for key, own in thought.items()}
+            likely = self._likely(form, asked, journal)
+            return {key: likely.get(key) for key in part}
         said = self._said(asked, "said", journal)
         found = {key: form.parse(reply.text) for key, reply in said.items()}
         stern = {key: (again(asked[key][0], said[key].text, form), asked[key][1]) for key, value in found.items() if value is None}
@@ -216,14 +224,27 @@ class Judge:
             self.tally.again += len(stern)
             replies = self._said(stern, "again", journal)
             found |= {key: form.parse(reply.text) for key, reply in replies.items()}
-            none = [replies[key].text for key in stern if found[key] is None]
+            none = [replies[key].text for key in replies if found[key] is None]
             self.tally.none += len(none)
             self.told = [*self.told, *(f"'{' '.join(text.split())[:120]}'" for text in none)][:3]
-        return found
+        return {key: found.get(key) for key in part}
+
+    def _refuse_long(self, key: str, tokens: int) -> bool:
+        """Note a question of so many tokens, its answer included, where the model's context does not hold it."""
+        context = self.model.context_length if isinstance(self.model, Model) else None
+        if context is None or tokens <= context:
+            return False
+        assert isinstance(self.model, Model)
+        self._too_long[key] = f"the question to the judge takes {tokens:,} tokens, and {self.model.base.name} reads {context:,}."
+        self.tally.asked -= 1
+        self.tally.none += 1
+        return True
 
     def _said(self, asked: Mapping[str, tuple[list[Message], str]], stage: str, journal: Journal | None) -> dict[str, Reply]:
-        """What the model says to each, kept ones unasked. Greedy."""
+        """What the model says to each, kept ones unasked, but for questions that it has no room for. Greedy."""
         kept, left = self._kept(asked, stage, journal)
+        if isinstance(self.model, Model):
+            left = {key: item for key, item in left.items() if not self._refuse_long(key, self._asked_tokens(*item))}
         if left:
             who = answerer(self.model, self.batch, shorten=False)
             questions = [Question(messages, where=where) for messages, where in left.values()]
@@ -233,28 +254,31 @@ class Judge:
                 kept[key] = reply
                 if journal:
                     journal.keep(f"{stage} {key}", reply)
-        return {key: kept[key] for key in asked}
+        return {key: kept[key] for key in asked if key in kept}
+
+    def _asked_tokens(self, messages: list[Message], where: str) -> int:
+        """Of a question to a local model, with room for the longest answer."""
+        assert isinstance(self.model, Model)
+        with located(where):
+            return len(self.model.renderer.prompt(messages).ids) + self.max_new_tokens
 
     def _likely(self, form: Form, asked: Mapping[str, tuple[list[Message], str]], journal: Journal | None) -> dict[str, float]:
-        """The mean value under the likelihood of each option as a whole answer."""
+        """The mean value under the likelihood of each option as a whole answer, but for questions that there is no room for."""
         kept, left = self._kept(asked, "likely", journal)
         if left and isinstance(self.model, Model):
-            rows = []
-            for messages, where in left.values():
+            rows = {}
+            for key, (messages, where) in left.items():
                 with located(where):
-                    rows.append(self.model.renderer.options(messages, form.options, where=where))
-            context = self.model.context_length
-            for row in rows:
-                if context and (longest := longest_path(row)) > context:
-                    what = f"the question to the judge takes {longest:,} tokens, and {self.model.base.name} reads {context:,}."
-                    raise DataError(what, where=row.where, hints=["Shorten the texts or the rubric, or name a judge with more context."])
+                    row = self.model.renderer.options(messages, form.options, where=where)
+                if not self._refuse_long(key, longest_path(row)):
+                    rows[key] = row
             with self.model.active(), torch.no_grad():
-                scores = score_options(self.model, rows)
-            for key, own in zip(left, scores, strict=True):
+                scores = score_options(self.model, list(rows.values()))
+            for key, own in zip(rows, scores, strict=True):
                 kept[key] = Reply(" ".join(f"{value:.9g}" for value in own), "likelihood", 0, 0)
                 if journal:
                     journal.keep(f"likely {key}", kept[key])
-        return {key: _mean([float(word) for word in kept[key].text.split()], form.values) for key in asked}
+        return {key: _mean([float(word) for word in kept[key].text.split()], form.values) for key in asked if key in kept}
 
     def _kept(
         self, asked: Mapping[str, tuple[list[Message], str]], stage: str, journal: Journal | None
@@ -285,7 +309,8 @@ def open_judge(
     """A judge from the name of a base, of a finished run or of a server ("http://HOST:PORT/v1#MODEL"), or from a model.
 
     rubric: a text, a file, or None for the default. way: "likelihood", "generation" or "auto" (likelihood for a local model, generation
-    for a server). base: of a run, where it is loaded already. The others: as of `Judge`; max_new_tokens 0 is 16, with reasons 512.
+    for a server). base: one that is loaded already, which is used where the judge is it or a run on it. The others: as of `Judge`;
+    max_new_tokens 0 is 16, with reasons 512.
     Raises SpecError for options that do not fit, and what opening the source raises.
     """
     text = rubric_of(rubric)  # before a model is loaded
@@ -315,43 +340,27 @@ def open_judge(
 def _open(source: str, key_env: str | None, base: Base | None, reporter: Reporter | None) -> Model | Server:
     if is_server(source):
         return connect(source, key_env=key_env, reporter=reporter)
+    check_judge_source(source)
+    shared = base if base is not None and stands_on(source, base) else None
     if is_run(source):
-        run = open_run(source, base=base)
-        if run.head is not None:
-            what = f"{source} answers by its task head, and a judge answers in words."
-            raise SpecError(
-                what, hints=[f"As a reward it is written:  model(source={source})", "To measure it:  tunesmith evaluate RUN PAIRS"]
-            )
-        return run
-    loaded = load_base(source, reporter=reporter)
+        return open_run(source, base=shared)
+    loaded = shared or load_base(source, reporter=reporter)
     return Model(loaded, name=loaded.name)
 
 
-def same_judge(a: Judge | Model | Server, b: Judge | Model | Server) -> bool:
-    """Is it one model that judges, whatever the rubric? Local ones by content of base and adapters, servers by the model's name.
-
-    A model with an adapter that was never saved is the same only as itself.
-    """
-    one, other = (judge.model if isinstance(judge, Judge) else judge for judge in (a, b))
-    if isinstance(one, Server) and isinstance(other, Server):
-        return one.model.casefold() == other.model.casefold()
-    if isinstance(one, Model) and isinstance(other, Model):
-        own = identity_of(one)
-        if own is None:
-            return one.base is other.base and [id(x) for x in one.adapters] == [id(x) for x in other.adapters]
-        return own == identity_of(other)
-    return False
-
-
-def refuse_same_judge(reward: Judge | Model | Server | None, evaluation: Judge | Model | Server | None) -> None:
-    """Raise SpecError where the judge of the reward is to judge the outcome too: what was trained to please it would be praised by it."""
-    if reward is not None and evaluation is not None and same_judge(reward, evaluation):
-        name = evaluation.name
-        raise SpecError(
-            f"{name} gives the reward, so it cannot judge the result: it would praise whatever pleases it.",
-            where="evaluate.judge",
-            hints=["Name another judge for the evaluation, or measure against human labels:  tunesmith judge check JUDGE PAIRS"],
-        )
+def check_judge_source(source: str) -> None:
+    """Raise SpecError for a name that cannot judge: a run that answers by its task head, or an encoder. Nothing is loaded, nobody is
+    asked. Raises RunError for a run that has not ended, and what locating a base raises."""
+    if is_server(source):
+        return
+    if is_run(source):
+        if head_of(source) is not None:
+            hints = [f"As a reward it is written:  model(source={source})", "To measure it:  tunesmith evaluate RUN PAIRS"]
+            raise SpecError(f"{source} answers by its task head, and a judge answers in words.", hints=hints)
+        return
+    folder = locate(source).folder
+    if decide_kind(read_config(folder, source, remote_code=False), "auto", source) == "encoder":
+        raise SpecError(f"{source} is an encoder: it judges nothing in words.", hints=["Name a decoder, or a server."])
 
 
 def identity_of(model: Model | Server) -> str | None:
@@ -362,6 +371,15 @@ def identity_of(model: Model | Server) -> str | None:
     if not all(digests):
         return None
     return digest([model.base.fingerprint, str(model.base.dtype), str(model.base.quantise), model.renderer.fingerprint(), digests])
+
+
+def weights_of(model: Model | Server) -> str | None:
+    """What a judge is recognised by from one day to another, however it is asked: a server by its model's name, a local one by its
+    weights; None for a model with an adapter that has no content hash yet."""
+    if isinstance(model, Server):
+        return digest(["server", model.model.casefold()])
+    digests = [adapter.digest for adapter in model.adapters]
+    return digest([model.base.fingerprint, digests]) if all(digests) else None
 
 
 def _mean(log_probs: Sequence[float], values: Sequence[float]) -> float:

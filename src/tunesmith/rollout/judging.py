@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 
 from tunesmith.bases import Base
 from tunesmith.core.errors import SpecError, unknown
-from tunesmith.engine.model import Model
-from tunesmith.engine.runs import is_run
 from tunesmith.engine.server import is_server
-from tunesmith.rollout.judges import Duel, Judge, NoVerdict, Way, open_judge
+from tunesmith.rollout.judges import Duel, Judge, NoVerdict, Way, check_judge_source, open_judge
 from tunesmith.rollout.rewarding import Scoring, reward
-from tunesmith.rollout.rubric import rating_on, rubric_of
+from tunesmith.rollout.rubric import in_words, rating_on, rubric_of
 from tunesmith.rollout.sample import Sample
 
 Floats = NDArray[np.float64]
@@ -41,11 +39,12 @@ class JudgeReward:
     def judge(self) -> Judge:
         """Who judges, opened now if it was not yet. Raises what opening it raises."""
         if self._judge is None:
-            base = self._base
-            source: str | Model = Model(base, name=base.name) if base is not None and self.source == base.source else self.source
-            own = base if base is not None and is_run(self.source) else None
-            self._judge = open_judge(source, base=own, **self._options)  # type: ignore[arg-type]
+            self._judge = open_judge(self.source, base=self._base, **self._options)  # type: ignore[arg-type]
         return self._judge
+
+    def check(self) -> None:
+        """Raise for a name that cannot judge, before anything is loaded: as `judges.check_judge_source`."""
+        check_judge_source(self.source)
 
     def __call__(self, samples: Sequence[Sample]) -> list[list[float]] | list[float | None]:
         """Of answers to one prompt the probability that the first is preferred to the second, [size, size]; or the rating of each."""
@@ -63,7 +62,7 @@ class JudgeReward:
 
 
 def judges_among(scorings: Iterable[Scoring]) -> list[JudgeReward]:
-    """The judges among rewards: to lend them a base, to name them in a report, to hold them against the judge of the evaluation."""
+    """The judges among rewards, to name them in a report."""
     return [scoring for scoring in scorings if isinstance(scoring, JudgeReward)]
 
 
@@ -101,10 +100,8 @@ def filled(matrix: Floats) -> Floats:
 
 
 def asked(sample: Sample) -> str:
-    """The prompt in words: of one turn its content, of several each under the name of its speaker."""
-    if len(sample.prompt) == 1:
-        return str(sample.prompt[0].get("content") or "")
-    return "\n\n".join(f"{str(turn.get('role', '')).capitalize()}: {turn.get('content') or ''}" for turn in sample.prompt)
+    """The prompt in words, as `rubric.in_words` has it."""
+    return in_words(sample.prompt)
 
 
 def _options(rubric: str | None, reasons: bool, way: str, no_verdict: str, key_env: str | None, model: str) -> dict[str, object]:

@@ -55,7 +55,7 @@ class _Said:
 @dataclass(slots=True)
 class Player:
     """Plays answers with tools. Budgets: `rollout.turns` of the policy, `rollout.max_new_tokens` that it chooses in all of them,
-    `rollout.result_tokens` of each result, and the context."""
+    `rollout.result_tokens` of each result, `rollout.tool_seconds` of each call, and the context."""
 
     model: Model
     tools: Mapping[str, Tool]
@@ -122,7 +122,7 @@ class Player:
         if not calls:
             one.ended, one.open = said.finished == "end", False
             return
-        calls = [self._cut(carried_out(call, self.tools)) for call in calls]
+        calls = [self._cut(carried_out(call, self.tools, self.spec.tool_seconds)) for call in calls]
         one.calls += calls
         results: list[Message] = [{"role": "tool", "name": call.name, "content": call.result} for call in calls]
         one.messages += results

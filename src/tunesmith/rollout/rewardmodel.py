@@ -27,9 +27,11 @@ from tunesmith.engine.memory import in_mode
 from tunesmith.engine.model import Model
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.runs import is_run, open_run
+from tunesmith.rollout.named import head_of
 from tunesmith.rollout.sample import Sample, groups_of_samples
 
 READS = ("dialogue", "pair", "answer")
+_FORMS = ("A reward model is:  runs/NAME (objective: reward)  ·  a sequence classifier with one output",)
 Read = Callable[[Sequence[Sample]], Sequence[float | None]]
 
 
@@ -52,6 +54,16 @@ class RewardModel:
         if is_run(self.source) and RunFolder(Path(self.source)).spec().base.model == base.source:
             self._base = base
 
+    def check(self) -> None:
+        """Raise for a model that says no one number of an answer, by what its files tell: SpecError for a run, BaseError for another
+        model, RunError for a run that has not ended."""
+        if not is_run(self.source):
+            _check_config(read_config(locate(self.source).folder, self.source, remote_code=False), self.source)
+            return
+        head = head_of(self.source)
+        if head is None or len(head.get("labels", ())) != 1 or head.get("says") not in ("choice", "value"):
+            raise _no_score(self.source, None if head is None else str(head.get("says")))
+
     def __call__(self, samples: Sequence[Sample]) -> Sequence[float | None]:
         """The value of each answer, in order; None for one without words that the model cannot read."""
         if self._ready is None:
@@ -62,9 +74,7 @@ class RewardModel:
         model = open_run(self.source, dtype=self.dtype, device=self.device, base=self._base)
         head = model.head
         if head is None or len(head.labels) != 1 or head.way.says not in ("choice", "value"):
-            what = "the run has no head that scores answers." if head is None else f"the run's head says a {head.way.says}."
-            hints = ["Train one:  objective: reward  (from pairs or rankings), or  objective: regress"]
-            raise SpecError(what, where=self.source, hints=hints)
+            raise _no_score(self.source, None if head is None else head.way.says)
         return lambda samples: read_with_head(model, samples, self.tokens)
 
     def _of_classifier(self) -> Read:
@@ -74,6 +84,12 @@ class RewardModel:
         reads = self.reads or "dialogue"
         limit = context_length(config, tokenizer, decide_kind(config, "auto", self.source))
         return lambda samples: _read(network, tokenizer, [_encoded(tokenizer, each, reads, limit) for each in samples], self.tokens)
+
+
+def _no_score(source: str, says: str | None) -> SpecError:
+    """says: what the run's head says; None where it has none."""
+    what = "the run has no head that scores answers." if says is None else f"the run's head says a {says}."
+    return SpecError(what, where=source, hints=["Train one:  objective: reward  (from pairs or rankings), or  objective: regress"])
 
 
 def read_with_head(model: Model, samples: Sequence[Sample], budget: int) -> list[float | None]:
@@ -137,12 +153,7 @@ def _classifier(folder: Any, source: str, config: Any, device: str, dtype: str) 
     """(network, tokenizer) of a sequence classifier with one output. Raises BaseError for another model."""
     from transformers import AutoModelForSequenceClassification
 
-    names = getattr(config, "architectures", None) or []
-    hints = ["A reward model is:  runs/NAME (objective: reward)  ·  a sequence classifier with one output"]
-    if not any("SequenceClassification" in name for name in names):
-        raise BaseError(f"it is no sequence classifier ({', '.join(names) or 'it does not say what it is'}).", where=source, hints=hints)
-    if config.num_labels != 1:
-        raise BaseError(f"the classifier has {config.num_labels} outputs, and a reward is one number.", where=source, hints=hints)
+    _check_config(config, source)
     check_weights(folder, source)
     tokenizer = load_tokenizer(folder, source, remote_code=False)
     if tokenizer.pad_token_id is None:
@@ -159,10 +170,19 @@ def _classifier(folder: Any, source: str, config: Any, device: str, dtype: str) 
     except Exception as cause:  # model classes raise whatever they like
         raise BaseError(f"the reward model cannot be loaded: {first_line(cause)}", where=source) from cause
     if info["missing_keys"]:
-        raise BaseError(f"its checkpoint lacks {sorted(info['missing_keys'])[0]}, which would be random.", where=source, hints=hints)
+        raise BaseError(f"its checkpoint lacks {sorted(info['missing_keys'])[0]}, which would be random.", where=source, hints=_FORMS)
     network.config.pad_token_id = tokenizer.pad_token_id  # decoders read the last token before it
     network.requires_grad_(False).eval()
     return network.to(chosen), tokenizer
+
+
+def _check_config(config: Any, source: str) -> None:
+    """Raise BaseError for what is no sequence classifier with one output."""
+    names = getattr(config, "architectures", None) or []
+    if not any("SequenceClassification" in name for name in names):
+        raise BaseError(f"it is no sequence classifier ({', '.join(names) or 'it does not say what it is'}).", where=source, hints=_FORMS)
+    if config.num_labels != 1:
+        raise BaseError(f"the classifier has {config.num_labels} outputs, and a reward is one number.", where=source, hints=_FORMS)
 
 
 def _encoded(tokenizer: Any, sample: Sample, reads: str, limit: int | None) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from tunesmith.bases import Base
-from tunesmith.core.errors import SpecError, TunesmithError
+from tunesmith.core.errors import DataError, SpecError, TunesmithError
 from tunesmith.core.registry import check_options
 from tunesmith.rewardspec import RewardSpec, function_of, reward_call, reward_spec
 from tunesmith.rollout import builtin  # noqa: F401  (fills the table)
@@ -130,6 +130,13 @@ class Rewards:
             if hasattr(one.scoring, "share"):
                 one.scoring.share(base)
 
+    def check(self) -> None:
+        """Refuse models that cannot reward or judge, by what their files say, before anything heavy is loaded. Raises SpecError, RunError
+        for a run that has not ended, and what finding a model raises."""
+        for one in self.rewards:
+            if hasattr(one.scoring, "check"):
+                one.scoring.check()
+
     def score(self, samples: Sequence[Sample]) -> Scored:
         """The rewards of answers, in order; answers of one group are those to one prompt.
 
@@ -140,10 +147,14 @@ class Rewards:
         samples = list(samples)
         if not samples:
             return Scored([], {name: [] for name in self.names})
+        parts, problems = self.parts(samples)
+        return Scored(self.totals(samples, parts), parts, problems)
+
+    def parts(self, samples: Sequence[Sample]) -> tuple[dict[str, list[float]], list[Problem]]:
+        """What each reward says of answers, by name, and what was passed over; raises as `score`."""
         said = self._asked(samples)
-        problems = [problem for one in said for problem in one.problems]
         parts = {one.name: each.values for one, each in zip(self.rewards, said, strict=True)}
-        return Scored(self._totals(samples, parts), parts, problems)
+        return parts, [problem for one in said for problem in one.problems]
 
     def _asked(self, samples: Sequence[Sample]) -> list[_Said]:
         calls = [_Asking(one, samples) for one in self.rewards]
@@ -159,7 +170,8 @@ class Rewards:
                 call.ask()
         return [call.said for call in calls]
 
-    def _totals(self, samples: Sequence[Sample], parts: Mapping[str, Sequence[float]]) -> list[float]:
+    def totals(self, samples: Sequence[Sample], parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """The reward of each answer from what each reward says of it, as `score` sums them."""
         groups = groups_of_samples(samples)
         whole = sum(abs(one.spec.weight) for one in self.rewards)
         sums, spoken = np.zeros(len(samples)), np.zeros(len(samples))
@@ -202,7 +214,10 @@ class _Asking:
             try:
                 self._note(places, self.reward.scoring([self.samples[place] for place in places]))
             except TunesmithError as cause:
-                self._refuse(places, cause)
+                if self._of_a_row(places, cause):
+                    self._each(places, cause)
+                else:
+                    self._refuse(places, cause)
             except Exception as cause:
                 self._each(places, cause)
 
@@ -219,6 +234,12 @@ class _Asking:
                 self._note(places, said)
 
         await asyncio.gather(*(one(places) for places in self.parts))
+
+    def _of_a_row(self, places: Sequence[int], cause: TunesmithError) -> bool:
+        """Does an error speak of one answer, such as one that is too long for a model? Others are of the reward as a whole."""
+        if isinstance(cause, RewardError):  # names the first row of a call that returned something else than its answers' rewards
+            return False
+        return isinstance(cause, DataError) or any(cause.where and cause.where == self.samples[place].where for place in places)
 
     def _each(self, places: Sequence[int], cause: Exception) -> None:
         """After a batch that raised: one at a time, so that only the answers that make it raise are refused."""

@@ -174,6 +174,13 @@ def question(rubric: str, form: Form, prompt: str, answers: Sequence[str], reaso
     return [{"role": "user", "content": "\n\n".join(parts)}]
 
 
+def in_words(turns: Sequence[Message]) -> str:
+    """A prompt as a judge reads it: of one turn its content, of several each under the name of its speaker."""
+    if len(turns) == 1:
+        return str(turns[0].get("content") or "")
+    return "\n\n".join(f"{str(turn.get('role', '')).capitalize()}: {turn.get('content') or ''}" for turn in turns)
+
+
 def _sign(texts: Sequence[str]) -> str:
     """What makes the marks unlike anything in the texts: an answer that writes marks of its own does not end itself."""
     number = 0

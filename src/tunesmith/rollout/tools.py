@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -118,14 +120,40 @@ def _broken(text: str) -> str:
     return ""
 
 
-def carried_out(call: ToolCall, tools: Mapping[str, Tool]) -> ToolCall:
-    """The call with its result; what a tool raises is told to the model as its result."""
+def carried_out(call: ToolCall, tools: Mapping[str, Tool], seconds: float = math.inf) -> ToolCall:
+    """The call with its result; what a tool raises is told to the model as its result, and that it took longer than so many seconds."""
     if call.failed:
         return call
     tool = tools.get(call.name)
     if tool is None:
         return ToolCall(call.name, call.arguments, True, f"Error: there is no tool '{call.name}'; there are: {', '.join(tools)}")
     try:
-        return ToolCall(call.name, call.arguments, False, tool.call(json.loads(call.arguments)))
+        return ToolCall(call.name, call.arguments, False, _in_time(lambda: tool.call(json.loads(call.arguments)), seconds, call.name))
     except Exception as cause:  # whatever a user's function raises is for the model to deal with
         return ToolCall(call.name, call.arguments, True, f"Error: {cause if isinstance(cause, ValueError) else repr(cause)}")
+
+
+def _in_time(work: Callable[[], str], seconds: float, name: str) -> str:
+    """What the work returns. Raises what it raises, and ValueError, for the model to read, once it has taken so long.
+
+    It has a thread of its own, which is left behind then: no thread can be stopped from outside. It ends with the process.
+    """
+    if seconds == math.inf:
+        return work()
+    said: list[str] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            said.append(work())
+        except BaseException as cause:  # a tool that exits ends its own thread and nothing else
+            failed.append(cause)
+
+    thread = threading.Thread(target=run, name=f"tool {name}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if said:
+        return said[0]
+    if failed:
+        raise failed[0] if isinstance(failed[0], Exception) else RuntimeError(repr(failed[0]))
+    raise ValueError(f"{name} did not return within {seconds:g} seconds")

@@ -330,7 +330,8 @@ def _judged(systems: Sequence[Askable], models: Sequence[Model | Server], task: 
     else:
         given = judge.judge if isinstance(judge, EvaluateSpec) else judge_spec(judge)
     base = next((model.base for model in models if isinstance(model, Model) and lends_base(given, model.base)), None)
-    return with_judge(task, given, specs, base=base, reporter=reporter)
+    runs = [str(folder) for folder in map(_run_folder, systems) if folder is not None]
+    return with_judge(task, given, specs, runs=runs, base=base, reporter=reporter)
 
 
 def _reward_judges(system: Askable) -> list[Judge]:

@@ -23,11 +23,12 @@ from typing import Any
 from tunesmith.core.errors import SpecError, unknown
 from tunesmith.core.progress import Quiet, Reporter
 from tunesmith.ladder.comparison import Comparison
+from tunesmith.ladder.data import load_splits
 from tunesmith.ladder.training import Run
 from tunesmith.ladder.training import train as train_spec
 from tunesmith.objectives import OBJECTIVES
 from tunesmith.rewardspec import judge_spec
-from tunesmith.rollout.named import refuse_shared_judge
+from tunesmith.rollout.named import labellers_among, refuse_labeller, refuse_shared_judge
 from tunesmith.spec import Spec, make_spec, read_values, set_key
 
 _STAGE = re.compile(r"@([A-Za-z_][\w-]*)")
@@ -57,10 +58,20 @@ class Pipeline:
         """
         reporter = reporter or Quiet()
         runs: dict[str, Run] = {}
+        self._check_judge()
         for name, spec in self.stages.items():
             reporter.line("stage", f"{name} ({len(runs) + 1} of {len(self.stages)})")
             runs[name] = train_spec(spec, resume=resume, overwrite=overwrite, reporter=reporter, root=root)
         return Done(runs, self._compared(reporter))
+
+    def _check_judge(self) -> None:
+        """Refuse a judge of the comparison that labelled what a stage learns from, before hours are spent on it."""
+        if self.compare.get("judge") is None:
+            return
+        model = judge_spec(self.compare["judge"]).model
+        for spec in self.stages.values():
+            if not spec.data.stream:  # streams hold no preferences
+                refuse_labeller(model, labellers_among(load_splits(spec.data).train))
 
     def _compared(self, reporter: Reporter) -> Comparison | None:
         from tunesmith.api import compare

@@ -65,6 +65,39 @@ def test_one_file_trains_every_stage_on_what_came_before_and_compares_them(types
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
 
 
+JUDGED = """
+base: {base}
+data: {{train: judged.jsonl, shape: prompt, columns: {{completion: chosen}}, duplicates: drop}}
+task: {{kind: generate, max_new_tokens: 4}}
+adapter: lora(rank=2)
+train: {{steps: 2, batch: 4}}
+stages: {{one: {{}}, two: {{adapter: ia3}}}}
+compare: {{systems: ["@one", "@two"], questions: asked.jsonl, data: {{shape: question}}, judge: {base}}}
+"""
+
+
+def test_a_judge_compares_what_came_out_unless_it_labelled_the_pairs(types: Types, tiny_base_folder: Path) -> None:
+    rows: list[dict[str, Any]] = list(pairs(8, random.Random(2)))
+    Path("asked.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    Path("judged.yaml").write_text(JUDGED.format(base=tiny_base_folder))
+    told = {"kind": "judge", "labelled_by": [{"model": str(tiny_base_folder), "content": ""}]}
+    Path("judged.jsonl").write_text("".join(json.dumps({**row, "provenance": told}) + "\n" for row in rows))
+    said = types("pipeline", "judged.yaml")
+    assert said.exit_code != 0 and "labelled the preferences" in said.output, said.output
+    assert not Path("runs/judged").exists()
+
+    Path("judged.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = types("pipeline", "judged.yaml")
+    assert said.exit_code == 0 and "judge rating" in said.output and "not held against human labels" in said.output, said.output
+
+    alone = types(
+        "evaluate", "runs/judged/one", "asked.jsonl", "data.columns={}", "data.shape=question", f"evaluate.judge={tiny_base_folder}"
+    )
+    assert alone.exit_code == 0 and "judge_rating" in alone.output, alone.output
+    refused = types("evaluate", "runs/judged/one", "asked.jsonl", "data.columns={}", "data.shape=question", "evaluate.judge=nowhere")
+    assert refused.exit_code != 0 and "nowhere" in refused.output
+
+
 def test_an_override_of_one_stage_leaves_the_others_as_they_are(types: Types) -> None:
     from tunesmith.pipeline import load_pipeline
 

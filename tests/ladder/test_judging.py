@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from tunesmith import api
 from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Quiet
 from tunesmith.curation.checking import check_judge, save
-from tunesmith.curation.pairs import Pair
+from tunesmith.curation.labels import JudgeLabels
+from tunesmith.curation.pairs import Answers, Pair, Rules
 from tunesmith.ladder.climb import climb
 from tunesmith.ladder.training import train
 from tunesmith.report import read_report
@@ -117,6 +119,37 @@ def test_a_run_names_the_judge_of_its_reward_and_no_one_lets_it_judge_the_result
     assert [judge.role for judge in report.judges] == ["gave the reward judge_rating of runs/poet"]
     with pytest.raises(SpecError, match="gives the reward judge_rating"):  # nor in a run that goes on from it
         train(spec_of(tiny_base_folder, base="runs/poet", name="later"), root=Path("runs"))
+
+
+def labelled(judge: str) -> None:
+    """Pairs as `tunesmith pairs --judge` writes them."""
+    answers = [Answers((f"It is {at}.", f"No, {at}!"), f"Say {at}.", where=f"line {at}") for at in range(6)]
+    labels = JudgeLabels(open_judge(judge, rubric=RUBRIC), rate=True, checked="not held against human labels")
+    pairs = [pair for own in labels(answers, Rules(ties=True)) for pair in own]
+    Path("pairs.jsonl").write_text("".join(json.dumps(pair.row()) + "\n" for pair in pairs))
+
+
+@pytest.mark.parametrize("changed", [{"objective": "dpo"}, {"objective": "sft"}])
+def test_who_labelled_the_preferences_cannot_judge_what_was_learned_from_them(tiny_base_folder: Path, changed: dict[str, Any]) -> None:
+    labelled(str(tiny_base_folder))
+    values = {"data": {"train": "pairs.jsonl"}, "task": {}, "train": {"steps": 1, "batch": 2}, **changed}
+    moved = shutil.copytree(tiny_base_folder, "elsewhere")  # the same weights under another name
+    if changed["objective"] == "sft":
+        with pytest.raises(SpecError, match="labelled the preferences"):
+            train(spec_of(tiny_base_folder, **values | {"task": {"kind": "generate"}, "evaluate": {"judge": str(moved)}}))
+    run = train(spec_of(tiny_base_folder, **values, evaluate={}), root=Path("runs"))
+    (noted,) = run.result["judges"]
+    assert (noted["role"], noted["rubric"]) == ("labelled the preferences", "Judge how kind it is.")
+    assert "(likelihood)" in noted["name"] and noted["checked"] == "not held against human labels"
+
+    ask: dict[str, Any] = {"questions": "rows.jsonl", "task": {"kind": "generate", "max_new_tokens": 2}}
+    for judge in (str(tiny_base_folder), str(moved)):
+        with pytest.raises(SpecError, match="labelled the preferences"):
+            api.evaluate(run, judge=judge, **ask)
+        with pytest.raises(SpecError, match="labelled the preferences"):
+            train(spec_of(tiny_base_folder, base="runs/poet", name="later", evaluate={"judge": judge}), root=Path("runs"))
+    report = api.compare(str(tiny_base_folder), run, **ask).report()
+    assert [judge.role for judge in report.judges] == ["labelled the preferences of runs/poet"]
 
 
 def test_a_run_is_judged_as_its_spec_says(tiny_base_folder: Path) -> None:

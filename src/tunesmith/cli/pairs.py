@@ -266,6 +266,7 @@ class _Making:
             return RewardLabels(Rewards(given["reward"]), tuple(given["reward"]))
         if not given["judge"]:
             return None
+        from tunesmith.curation.checking import held_against
         from tunesmith.engine.server import is_server
         from tunesmith.rollout.judges import open_judge
 
@@ -280,7 +281,7 @@ class _Making:
             key_env=given["key_env"] if is_server(given["judge"]) else None,
             reporter=self.reporter,
         )
-        return JudgeLabels(judge, given["rate"])
+        return JudgeLabels(judge, given["rate"], held_against(Path("runs"), judge, rates=given["rate"]))
 
 
 _WORDS = {

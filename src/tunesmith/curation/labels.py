@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,30 @@ from tunesmith.engine.asking import Reply
 from tunesmith.engine.journal import Journal, digest
 from tunesmith.rewardspec import function_of
 from tunesmith.rollout.judges import Duel, Judge
-from tunesmith.rollout.named import content_of, model_behind
+from tunesmith.rollout.named import LABELLED, account_of, content_of, model_behind
 from tunesmith.rollout.rewards import Reward, Rewards
-from tunesmith.rollout.rubric import in_words
+from tunesmith.rollout.rubric import first_line, in_words
 from tunesmith.rollout.sample import Sample
 
 CHUNK = 64
 """Prompts whose answers are scored between two writings to disk."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JudgeLabels:
-    """A judge's soft preferences as probabilities, or, with `rate`, its ratings as scores. What brought no verdict makes no pair."""
+    """A judge's soft preferences as probabilities, or, with `rate`, its ratings as scores. What brought no verdict makes no pair.
+
+    checked: what is known of the judge beside people, in a few words, for provenance; see `checking.held_against`.
+    """
 
     judge: Judge
     rate: bool = False
+    checked: str = ""
 
     @property
     def told(self) -> str:
         """What was asked, and what brought no verdict."""
-        return f"judge {self.judge.name}: {self.judge.tally.line()}"
+        return f"judge {self.judge.name}: {self.judge.tally.line()}{f'; {self.checked}' if self.checked else ''}"
 
     def done(self) -> None:
         """Verdicts are kept beyond the pairs: other work may ask the same."""
@@ -52,7 +57,7 @@ class JudgeLabels:
         for (own, i, j), said in zip(places, self.judge.compare(asked), strict=True):
             if (p := said.preference) is None:
                 continue
-            told: dict[str, Any] = {"judge": self.judge.name, "rubric": self.judge.rubric_digest}
+            told = self._provenance()
             if said.flips is not None:
                 told["flips"] = said.flips
             found[id(own)].append(oriented(own, i, j, p, 2 * p - 1, "judge", **told))
@@ -61,8 +66,15 @@ class JudgeLabels:
     def _rated(self, answers: Sequence[Answers], rules: Rules) -> list[list[Pair]]:
         asked = [(as_text(own.prompt), text) for own in answers for text in own.texts]
         ratings = iter(self.judge.rate(asked, [own.where for own in answers for _ in own.texts]))
-        told = {"judge": self.judge.name, "rubric": self.judge.rubric_digest}
-        return [_scored(own, [next(ratings) for _ in own.texts], rules, told) for own in answers]
+        return [_scored(own, [next(ratings) for _ in own.texts], rules, self._provenance()) for own in answers]
+
+    def _provenance(self) -> dict[str, Any]:
+        return {"judge": self.judge.name, "rubric": self.judge.rubric_digest, LABELLED: [self._account]}
+
+    @cached_property
+    def _account(self) -> dict[str, str]:
+        checked = {"checked": self.checked} if self.checked else {}
+        return {**account_of(self.judge.source), "name": self.judge.name, "rubric": first_line(self.judge.rubric), **checked}
 
 
 @dataclass(slots=True)
@@ -82,7 +94,8 @@ class RewardLabels:
         groups = [_samples(own, number) for number, own in enumerate(answers)]
         parts = self._parts(groups)
         total = iter(self.rewards.totals([sample for own in groups for sample in own], parts))
-        told = {"reward": list(self.named)}
+        models = [model for one in self.rewards.rewards if (model := model_behind(one.spec)) is not None]
+        told = {"reward": list(self.named), **({LABELLED: [account_of(model) for model in models]} if models else {})}
         return [
             _scored(own, [None if math.isnan(value) else value for value in _take(total, len(own.texts))], rules, told) for own in answers
         ]

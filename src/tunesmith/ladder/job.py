@@ -41,6 +41,7 @@ from tunesmith.ladder.preferring import judge_answers, made_answers, referred
 from tunesmith.ladder.reinforcing import check_rewards
 from tunesmith.ladder.streaming import Making, RecordStream, stored_rows
 from tunesmith.ladder.teachers import check_teaching
+from tunesmith.rollout.named import labellers_among, labellers_of, refuse_labeller
 from tunesmith.rollout.rewards import Rewards
 from tunesmith.spec import Spec
 
@@ -83,6 +84,12 @@ class Job:
     def labels(self) -> tuple[str, ...]:
         """What the outputs of a task head are called, in order."""
         return labels_of(self.spec, self.start, self.task)
+
+    @cached_property
+    def labellers(self) -> list[dict[str, str]]:
+        """The models that labelled the preferences that are learned from; see `named.labellers_among`."""
+        train = self.splits.train
+        return [] if isinstance(train, RecordStream) else labellers_among(train)  # streams hold no preferences
 
     @cached_property
     def scale(self) -> tuple[float, float]:
@@ -184,6 +191,7 @@ def prepare(spec: Spec, *, reporter: Reporter | None = None, base: Base | Model 
     check_objective(spec, start, job.task, witnesses)
     if spec.evaluate.judge is not None:
         refuse_unjudged(job.task)
+        refuse_labeller(spec.evaluate.judge.model, [*job.labellers, *labellers_of(spec.base.model)])
     unasked = objective_of(spec).samples or compares(objective_of(spec))
     for part, rated in () if unasked else ((splits.dev, False), (splits.test, rates_alone(spec))):
         if any(record.shape != "text" for record in part):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from tunesmith.bases import Base
 from tunesmith.core.errors import SpecError
 from tunesmith.core.progress import Reporter
-from tunesmith.curation.checking import held_against
+from tunesmith.curation.checking import UNCHECKED, held_against
 from tunesmith.engine.model import Model
 from tunesmith.engine.server import Server
 from tunesmith.evaluation.judging import open_measure
@@ -19,8 +19,9 @@ from tunesmith.rewardspec import JudgeSpec
 from tunesmith.rollout.judges import Judge as Judging
 from tunesmith.rollout.judges import check_judge_source
 from tunesmith.rollout.judging import judges_among
-from tunesmith.rollout.named import lineage, refuse_shared_judge, stands_on
+from tunesmith.rollout.named import labellers_of, lineage, refuse_labeller, refuse_shared_judge, stands_on
 from tunesmith.rollout.rewards import Rewards
+from tunesmith.rollout.rubric import first_line
 from tunesmith.spec import Spec
 
 
@@ -39,17 +40,25 @@ def rates_alone(spec: Spec) -> bool:
 
 
 def with_judge(
-    task: Task, given: JudgeSpec | None, specs: Iterable[Spec] = (), *, base: Base | None = None, reporter: Reporter | None = None
+    task: Task,
+    given: JudgeSpec | None,
+    specs: Iterable[Spec] = (),
+    *,
+    runs: Iterable[str] = (),
+    base: Base | None = None,
+    reporter: Reporter | None = None,
 ) -> Task:
     """The task with its judge opened; as it is where none is given.
 
-    specs: of the runs whose answers will be judged. base: one that is loaded already. Raises SpecError for a task that no judge
-    scores, and for a judge of a reward in one of the runs; and what opening the judge raises.
+    specs: of the runs whose answers will be judged. runs: their folders, as far as they are finished. base: one that is loaded
+    already. Raises SpecError for a task that no judge scores, and for a judge that gave a reward in one of the runs or labelled its
+    preferences; and what opening the judge raises.
     """
     if given is None:
         return task
     refuse_unjudged(task)
     refuse_shared_judge(given.model, [each for spec in specs for each in lineage(spec)])
+    refuse_labeller(given.model, [account for run in runs for account in labellers_of(run)])
     measure = open_measure(given, base=base, reporter=reporter)
     if reporter:
         reporter.line("judge", named(measure.judge, "scores the answers", rates=not measure.compares).line())
@@ -70,9 +79,9 @@ def lends_base(given: JudgeSpec | None, base: Base) -> bool:
 
 def named(judge: Judging, role: str, *, rates: bool, root: Path | None = None) -> Judge:
     """A judge as a report names it. role: what it does. root: folder of runs, where checks of judges lie."""
-    first = judge.rubric.splitlines()[0].strip()
-    short = first if len(first) <= 160 else f"{first[:159]}…"
-    return Judge(role=role, name=judge.name, rubric=short, checked=held_against(root or Path("runs"), judge, rates=rates))
+    return Judge(
+        role=role, name=judge.name, rubric=first_line(judge.rubric), checked=held_against(root or Path("runs"), judge, rates=rates)
+    )
 
 
 def judge_of(task: Task, root: Path | None = None) -> list[Judge]:
@@ -85,6 +94,15 @@ def reward_judges(rewards: Rewards, role: str = "gave the reward", root: Path | 
     """The judges among a run's rewards, opened now if they were not yet."""
     found = [(one.name, scoring) for one in rewards.rewards for scoring in judges_among([one.scoring])]
     return [named(scoring.judge, f"{role} {name}", rates=scoring.rate, root=root) for name, scoring in found]
+
+
+def labelling_judges(accounts: Iterable[Mapping[str, str]]) -> list[Judge]:
+    """The judges among the models that labelled what a run learned from, as `tunesmith pairs` noted them."""
+    said = [account for account in accounts if "name" in account]
+    return [
+        Judge(role="labelled the preferences", name=one["name"], rubric=one.get("rubric", ""), checked=one.get("checked", UNCHECKED))
+        for one in said
+    ]
 
 
 def kindred(task: Task, models: Iterable[Model | Server]) -> list[str]:

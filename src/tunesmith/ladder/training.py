@@ -21,10 +21,12 @@ from tunesmith.engine.runs import ADAPTER, open_run, save_run
 from tunesmith.engine.train import DevMetric, Trainer
 from tunesmith.ladder.heads import give_head
 from tunesmith.ladder.job import Job, environment, prepare, run_folder, trainable_model
-from tunesmith.ladder.judging import reward_judges
+from tunesmith.ladder.judging import labelling_judges, reward_judges
 from tunesmith.ladder.objective import objective_of
 from tunesmith.ladder.reinforcing import begin, critic_for
 from tunesmith.ladder.teachers import teacher_of
+from tunesmith.report.schema import Judge
+from tunesmith.rollout.named import LABELLED
 from tunesmith.rollout.own import own_answers
 from tunesmith.spec import Spec
 
@@ -141,7 +143,8 @@ def train_job(job: Job, folder: RunFolder, *, model: Model | None = None, resume
         "supervised_tokens": state.supervised,
         "learning_rate": trainer.lr,
         "labels": list(job.task.labels),
-        "judges": [judge.model_dump() for judge in reward_judges(job.rewards, root=folder.path.parent)] if job.rewards else [],
+        "judges": [judge.model_dump() for judge in _judges(job, folder)],
+        LABELLED: job.labellers,
         "state": asdict(state),
     }
     folder.finish(result)
@@ -178,3 +181,9 @@ def _dev(job: Job, model: Model) -> DevMetric | None:
     if not any(record.shape != "text" for record in job.splits.dev):
         return None
     return lambda: job.judge_dev(model)
+
+
+def _judges(job: Job, folder: RunFolder) -> list[Judge]:
+    """Whoever rewarded the run's answers or labelled its preferences, by judging them."""
+    rewarding = reward_judges(job.rewards, root=folder.path.parent) if job.rewards else []
+    return [*rewarding, *labelling_judges(job.labellers)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from tunesmith.adapters.files import OURS
 from tunesmith.bases import Base
 from tunesmith.bases.fingerprint import fingerprint
 from tunesmith.core.errors import SpecError
+from tunesmith.core.record import Record
+from tunesmith.engine.journal import digest
 from tunesmith.engine.rundir import RunFolder
 from tunesmith.engine.runs import ADAPTER, TRAINED, is_run
 from tunesmith.engine.server import is_server
@@ -20,6 +22,9 @@ from tunesmith.spec import Spec
 
 _SOURCES = {"judge": "model", "judge_rating": "model", "model": "source"}
 """Rewards that are models, and the option that names them."""
+
+LABELLED = "labelled_by"
+"""The key under which pairs, and runs that learned from them, name the models that labelled them."""
 
 
 def chain(source: str) -> Iterator[tuple[Path, Spec]]:
@@ -68,14 +73,53 @@ def refuse_shared_judge(judge: str, specs: Iterable[Spec]) -> None:
     for spec in specs:
         for role, source in _helpers(spec):
             if same_model(judge, source):
-                raise SpecError(
-                    f"{judge} {role}, so it cannot judge the result: what was trained to please it would be praised by it.",
-                    where="evaluate.judge",
-                    hints=[
-                        "Nearest that works here: another model or server as the judge (another rubric does not make it another judge).",
-                        "Whether one is any good:  tunesmith judge check JUDGE PAIRS",
-                    ],
-                )
+                raise _shared(judge, role)
+
+
+def account_of(source: str) -> dict[str, str]:
+    """A model that labels data, as their provenance tells of it: its name, and a digest of what its files hold ("" for a server)."""
+    return {"model": source, "content": "" if is_server(source) else digest(list(content_of(source)))}
+
+
+def labellers_among(records: Iterable[Record]) -> list[dict[str, str]]:
+    """The models that labelled preference data, as `tunesmith pairs` noted them in the provenance of every pair.
+
+    What `account_of` gives, and of a judge its "name", the first line of its "rubric", and how it was "checked".
+    """
+    found: dict[str, dict[str, str]] = {}
+    for record in records:
+        told = record.fields.get("provenance")
+        noted = told.get(LABELLED) if isinstance(told, Mapping) else None
+        for one in noted if isinstance(noted, list) else ():
+            if isinstance(one, Mapping) and "model" in one:
+                found.setdefault(json.dumps(one, sort_keys=True), {"content": "", **{str(key): str(value) for key, value in one.items()}})
+    return list(found.values())
+
+
+def labellers_of(run: str) -> list[dict[str, str]]:
+    """The models that labelled what a finished run, or one that it began from, learned from."""
+    return [one for path, _ in chain(run) if (done := RunFolder(path)).finished for one in done.result().get(LABELLED, [])]
+
+
+def refuse_labeller(judge: str, accounts: Iterable[Mapping[str, str]]) -> None:
+    """Raise SpecError where who is to judge the outcome labelled the preferences that it comes from."""
+    content = None
+    for account in accounts:
+        if account["content"]:
+            content = content or account_of(judge)["content"]
+        if (account["content"] and account["content"] == content) or same_model(judge, account["model"]):
+            raise _shared(judge, f"labelled the preferences that were learned from (as {account['model']})")
+
+
+def _shared(judge: str, role: str) -> SpecError:
+    return SpecError(
+        f"{judge} {role}, so it cannot judge the result: what was trained to please it would be praised by it.",
+        where="evaluate.judge",
+        hints=[
+            "Nearest that works here: another model or server as the judge (another rubric does not make it another judge).",
+            "Whether one is any good:  tunesmith judge check JUDGE PAIRS",
+        ],
+    )
 
 
 def lineage(spec: Spec) -> list[Spec]:

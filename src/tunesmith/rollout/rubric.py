@@ -41,6 +41,12 @@ def rubric_of(given: str | Path | None) -> str:
     return text.strip()
 
 
+def first_line(rubric: str) -> str:
+    """A rubric in short."""
+    first = rubric.splitlines()[0].strip()
+    return first if len(first) <= 160 else f"{first[:159]}…"
+
+
 @dataclass(frozen=True, slots=True)
 class Form:
     """A kind of question with a closed set of answers.

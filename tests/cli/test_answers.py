@@ -25,6 +25,8 @@ def test_pairs_are_shown_in_words_with_their_counts(tunesmith: Any, pairs: Path)
     shown = tunesmith("data", "show", pairs)
     assert shown.exit_code == 0, shown.output
     for words in (
+        "line 1 ──  margin 0.5 · probability 0.9",
+        "line 2 ──  probability 0.5",
         "chosen: Red is a colour.",
         "rejected (a tie): Red [b]or[/b] so.",
         "2 pairs · different questions: 2",

@@ -115,9 +115,9 @@ def test_a_metric_that_fails_costs_no_answers(fake, tmp_path) -> None:
     task = Task("write", "generate", metric=f"{file}:exact")
     system = answering.System("s", ts.connect(fake.url), zero_shot(task))
     with pytest.raises(TunesmithError):
-        ts.api.judge(system, task, [TALK])
+        ts.api.ask_and_judge(system, task, [TALK])
     file.write_text("def exact(prediction, reference):\n    return 1.0\n")
-    assert ts.api.judge(system, task, [TALK]).score == 1.0
+    assert ts.api.ask_and_judge(system, task, [TALK]).score == 1.0
     assert fake.asked() == ["one?", "two?"]
 
 
@@ -126,8 +126,8 @@ def test_earlier_turns_of_a_dialogue_are_kept_when_a_later_turn_fails(fake) -> N
     system = answering.System("s", server, zero_shot(WRITE))
     fake.plans = ["ok", "500"]
     with pytest.raises(RunError):
-        ts.api.judge(system, WRITE, [TALK])
-    ts.api.judge(system, WRITE, [TALK])
+        ts.api.ask_and_judge(system, WRITE, [TALK])
+    ts.api.ask_and_judge(system, WRITE, [TALK])
     assert fake.asked() == ["one?", "two?", "two?"]
 
 

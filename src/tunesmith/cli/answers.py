@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from tunesmith.core.record import Message, Record
     from tunesmith.core.row import Row
@@ -50,15 +51,22 @@ def _show_counts(console: Console, records: Sequence[Record]) -> None:
 
 
 def _show_words(console: Console, record: Record) -> None:
-    from rich.text import Text
-
-    console.print(Text(f"── {record.where} ──", style="bold"), soft_wrap=True)
+    console.print(_headline(record), soft_wrap=True)
     for message in record.messages:
         _show_turn(console, str(message.get("role")), message, "not bold dim")
     for name, answer in zip(_names(record), record.answers, strict=True):
         for message in answer:
             _show_turn(console, name, message, "green" if name in ("chosen", "good", "1", "answer") else "red")
     console.print()
+
+
+def _headline(record: Record) -> Text:
+    """Where a record stands, and how sure its order is."""
+    from rich.text import Text
+
+    known = {"margin": record.margin, "probability": record.soft if record.soft not in (None, 1.0) else None}
+    said = " · ".join(f"{name} {value:g}" for name, value in known.items() if value is not None)
+    return Text(f"── {record.where} ──", style="bold").append(f"  {said}" if said else "", style="not bold dim")
 
 
 def _show_turn(console: Console, name: str, message: Message, style: str) -> None:
@@ -83,8 +91,6 @@ def _names(record: Record) -> list[str]:
 def _show_tokens(
     console: Console, described: Spec, tokenizer: Any, renderer: Renderer, records: Sequence[Record], shown: int, counted: int
 ) -> None:
-    from rich.text import Text
-
     from tunesmith.data.lengths import longest_path
     from tunesmith.data.rendering import Rendered
     from tunesmith.data.rows import notes_of
@@ -92,7 +98,7 @@ def _show_tokens(
 
     made = list(_rows(described, tokenizer, renderer, records[:counted]))
     for record, row in zip(records[:shown], made, strict=False):
-        console.print(Text(f"── {record.where} ──", style="bold"), soft_wrap=True)
+        console.print(_headline(record), soft_wrap=True)
         console.print(coloured(tokenizer, row) if console.is_terminal else plain(tokenizer, row), soft_wrap=True)
         console.print()
     sizes = [(len(row.ids), len(row.ids)) if isinstance(row, Rendered) else (row.tokens, longest_path(row)) for row in made]

@@ -39,5 +39,17 @@ def test_sites_of_a_model_are_shown_with_shapes_and_of_a_run_what_its_adapter_am
     tunesmith("train", spec, "--quiet")
     counted = json.loads(tunesmith("sites", "runs/spec", "--json").stdout)["adapter"]
     assert counted["trainable"] == 2 * 2 * (32 + 32 + 32 + 16) and set(counted["ranks"].values()) == {2}
+    assert "adapter" in json.loads(tunesmith("sites", tiny_base_folder, "--json").stdout)
     text = tunesmith("sites", "runs/spec").stdout
     assert "trained 448" in text and "ranks 2 to 2 of 4 matrices" in text and "merges" in text
+
+
+def test_sites_of_an_encoder_decoder_are_shown_though_no_command_trains_it(tunesmith: Any, tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4).save_pretrained(tmp_path / "t5")
+    shown = json.loads(tunesmith("sites", tmp_path / "t5", "--json").stdout)["sites"]
+    assert {each["layers"] for each in shown if each["name"] == "q"} == {"0-1", "2-3"}
+    assert any("EncDecAttention" in each["path"] for each in shown)
+    told = tunesmith("chat", tmp_path / "t5")
+    assert told.exit_code == 2 and "tunesmith.adapters.attach" in told.stderr

@@ -17,7 +17,7 @@ from tunesmith.adapters.forms import Form, TokenRows
 from tunesmith.adapters.heads import TaskHead, Way, put_head, remove_head
 from tunesmith.adapters.hooks import join, refresh_forms
 from tunesmith.adapters.methods import Plan, plan
-from tunesmith.adapters.sites import Site, select
+from tunesmith.adapters.sites import Site, is_encoder_decoder, select
 from tunesmith.adapters.virtual import Encode, VirtualTokens, join_tokens, refresh_tokens, remove_tokens
 from tunesmith.adapters.words import attach_words, refresh, remove_words
 from tunesmith.core.errors import AdapterError
@@ -335,6 +335,7 @@ def attach(
                 if part.resolve is not None:
                     part = part.resolve(finished, fingerprint, beneath)
                     adapter.finished |= part.finished
+                _refuse_two_stacks(model, part)
                 if part.make is not None:
                     _listen(adapter, part)
                 elif part.pick is not None:
@@ -349,6 +350,20 @@ def attach(
     if keep_original:
         adapter._kept = {path: parameter.detach().clone() for path, parameter in adapter.trained.items()}
     return adapter
+
+
+def _refuse_two_stacks(model: nn.Module, part: Plan) -> None:
+    """Raise AdapterError for what an encoder-decoder has no place for."""
+    why = (
+        "puts tokens of its own among those of a text, which our forward does, and it runs no encoder-decoder"
+        if part.kind == "virtual"
+        else "is a chain of rungs beside one stack of layers, and an encoder-decoder has two"
+        if part.chained
+        else ""
+    )
+    if why and is_encoder_decoder(model):
+        hints = ["Nearest that works here:  lora  ·  houlsby  ·  parallel  ·  ia3"]
+        raise AdapterError(f"{part.method} {why}: {type(model).__name__} cannot carry it.", hints=hints)
 
 
 def module_path(path: str) -> str:

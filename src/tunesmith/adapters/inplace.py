@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tunesmith.adapters.forms import Form
 from tunesmith.adapters.methods import Plan, method, names_of
-from tunesmith.adapters.sites import Site, blocks, checked_layers, find_sites, select
+from tunesmith.adapters.sites import Site, checked_layers, find_sites, layers_of, select
 from tunesmith.core.errors import AdapterError
 
 Named = Mapping[str, nn.Parameter]
@@ -47,14 +47,14 @@ def layers(*, last: int | None = None, only: Sequence[int] | None = None) -> Pla
     chosen = None if only is None else tuple(only)
 
     def pick(model: nn.Module, named: Named) -> list[str]:
-        root, stack = blocks(model)
+        stack = layers_of(model)
         if last is not None and last > len(stack):
             raise AdapterError(
                 f"layers(last={last}) is more than the model's {len(stack)} layers.",
                 hints=[f"Nearest that works here:  layers(last={len(stack)})"],
             )
         numbers = checked_layers(chosen, len(stack)) if chosen is not None else set(range(len(stack) - (last or 0), len(stack)))
-        return [path for path in named if any(path.startswith(f"{root}.{number}.") for number in numbers)]
+        return [path for path in named if any(path.startswith(f"{stack[number][0]}.") for number in numbers)]
 
     return Plan("layers", "in-place", layers=chosen, pick=pick, lr=_WHOLE)
 
@@ -197,8 +197,8 @@ def _of_sites(model: nn.Module, wanted: Sequence[str] | None, layers: Sequence[i
 
 def _inside(model: nn.Module, layers: Sequence[int]) -> tuple[str, ...]:
     """What the paths of these layers begin with."""
-    root, stack = blocks(model)
-    return tuple(f"{root}.{number}." for number in checked_layers(layers, len(stack)))
+    stack = layers_of(model)
+    return tuple(f"{stack[number][0]}." for number in checked_layers(layers, len(stack)))
 
 
 def _nearest(model: nn.Module) -> str:

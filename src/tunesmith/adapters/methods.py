@@ -35,6 +35,7 @@ class Plan:
     path; raises AdapterError where there are none. lr: learning rate where none is given. sublayers: it may listen at sub-layers.
     lowest: layers below do without. resolve: makes the whole plan once the finished adapters that it joins are known, from their
     expressions by name (None: to be read), the base's fingerprint and digests of the adapters on it. finished: these expressions.
+    chained: each form reads the one below it, so all stand beside one stack of layers.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Plan:
     lowest: int = 0
     resolve: Callable[[Mapping[str, str] | None, str | None, Sequence[str]], Plan] | None = None
     finished: Mapping[str, str] = field(default_factory=dict)
+    chained: bool = False
 
 
 Method = Callable[..., Plan | list[Plan]]

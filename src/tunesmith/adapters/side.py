@@ -44,7 +44,7 @@ def lst(*, reduction: float = 8, width: int | None = None, dropout: float = 0.0)
             )
         return Rung(site, width or max(1, int(site.outputs / reduction)), float(dropout))
 
-    return Plan("lst", "listen", ("block",), make=make, lr=1e-3, sublayers=True)
+    return Plan("lst", "listen", ("block",), make=make, lr=1e-3, sublayers=True, chained=True)
 
 
 class Rung(Form):

@@ -71,6 +71,28 @@ def blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(outer, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Path and module of every block, in the order of layers; an encoder-decoder's encoder comes first, and its decoder is counted on.
+
+    Raises AdapterError as `blocks`.
+    """
+    if not is_encoder_decoder(model):
+        root, layers = blocks(model)
+        return [(f"{root}.{number}", block) for number, block in enumerate(layers)]
+    of: Any = model
+    own = [block for stack in (of.get_encoder(), of.get_decoder()) for block in blocks(stack)[1]]
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [(paths[id(block)], block) for block in own]
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Has it two stacks of layers, the second of which attends to the first (T5, BART)? Its encoder alone is an encoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    stacks = [getattr(model, name, lambda: None)() for name in ("get_encoder", "get_decoder")]
+    return all(isinstance(stack, nn.Module) and stack is not model for stack in stacks) and stacks[0] is not stacks[1]
+
+
 def widths(module: Any) -> tuple[int, int] | None:
     """(inputs, outputs) of a linear map of any make: nn.Linear, a quantised one, transformers' Conv1D; None otherwise."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
@@ -82,16 +104,15 @@ def widths(module: Any) -> tuple[int, int] | None:
 
 def find_sites(model: nn.Module) -> list[Site]:
     """Every linear site of every block, in the order of layers and of the table above."""
-    root, layers = blocks(model)
     found: list[Site] = []
-    for number, block in enumerate(layers):
+    for number, (root, block) in enumerate(layers_of(model)):
         for path, module in block.named_modules():
             shape = widths(module)
             if shape is None or _EXPERT.search(path):
                 continue
             name = _name(path)
             if name is not None:
-                found.append(Site(name, number, f"{root}.{number}.{path}", module, *shape))
+                found.append(Site(name, number, f"{root}.{path}", module, *shape))
     return sorted(found, key=lambda site: (site.layer, _ORDER.index(site.name)))
 
 
@@ -101,27 +122,27 @@ def find_sublayers(model: nn.Module) -> list[Site]:
     What leaves such a site is what is added to the residual stream, before dropout and constant factors: the output of
     attention's or the feed-forward's last linear map, of the norm behind it where there is one, of the whole mixture of experts.
     """
-    root, layers = blocks(model)
+    layers = layers_of(model)
     found: list[Site] = []
     config: Any = getattr(model, "config", None)
     calls = max(1, (getattr(config, "num_hidden_layers", None) or 1) // len(layers))
     every = [site for site in find_sites(model) if not _CROSS.search(site.path)]
-    for number, block in enumerate(layers):
+    for number, (root, block) in enumerate(layers):
         linear = [site for site in every if site.layer == number]
         mixture = next((path.removesuffix(".experts") for path, _ in block.named_modules() if path.endswith(".experts")), None)
         width = 0
         for name, first, last in (("attn", ("v", "qkv"), "o"), ("ffn", ("up", "gate_up"), "down")):
             into, out = [site for site in linear if site.name in first], [site for site in linear if site.name == last]
             if name == "ffn" and mixture is not None:
-                path = f"{root}.{number}.{mixture}"
+                path = f"{root}.{mixture}"
                 found.append(Site("ffn", number, path, model.get_submodule(path), width, width))
                 continue
             for source, leaving in zip(into, out, strict=False):  # several where a block holds several layers
                 width = leaving.outputs
-                path = _behind(block, name, f"{root}.{number}.") or leaving.path
+                path = _behind(block, name, f"{root}.") or leaving.path
                 found.append(Site(name, number, path, model.get_submodule(path), source.inputs, width, source.path))
         if width:
-            found.append(Site("block", number, f"{root}.{number}", block, width, width, calls=calls))
+            found.append(Site("block", number, root, block, width, width, calls=calls))
     return found
 
 
@@ -179,14 +200,14 @@ def select(model: nn.Module, names: Sequence[str] | str, layers: Iterable[int] |
             inside = f"use sites=[{fused}]: this model computes '{name}' inside it"
             nearest = inside if fused in present else f"sites here: {', '.join(present)}"
             raise AdapterError(f"{type(model).__name__} has no site '{name}'.", hints=[f"Nearest that works here:  {nearest}"])
-    chosen = None if layers is None else checked_layers(layers, len(blocks(model)[1]))
+    chosen = None if layers is None else checked_layers(layers, len(layers_of(model)))
     return [site for site in every if ("all" in wanted or site.name in wanted) and (chosen is None or site.layer in chosen)]
 
 
 def _sublayers(model: nn.Module, names: Sequence[str], layers: Iterable[int] | None) -> list[Site]:
     """Sub-layers by name. Raises AdapterError for one that the model lacks."""
     every = find_sublayers(model)
-    chosen = None if layers is None else checked_layers(layers, len(blocks(model)[1]))
+    chosen = None if layers is None else checked_layers(layers, len(layers_of(model)))
     for name in names:
         if not any(site.name == name for site in every):
             have = ", ".join(dict.fromkeys(site.name for site in every)) or "none"

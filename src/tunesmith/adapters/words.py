@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tunesmith.adapters.forms import TokenRows
 from tunesmith.adapters.hooks import ByName
+from tunesmith.adapters.sites import is_encoder_decoder
 from tunesmith.core.errors import AdapterError
 
 
@@ -21,6 +22,9 @@ def attach_words(model: Any, words: Sequence[int], name: str, *, trained: Iterab
 
     trained: parameters that are trained whole; a table among them needs no rows. Raises AdapterError for ids beyond the table.
     """
+    if is_encoder_decoder(model):
+        what = f"{type(model).__name__} looks words up in the encoder and in the decoder, each by a table of its own make."
+        raise AdapterError(what, hints=["Nearest that works here:  leave the new words out, and train an adapter on those that there are"])
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     whole = {id(parameter) for parameter in trained}
     paths = {id(module): path for path, module in model.named_modules()}

@@ -48,9 +48,12 @@ def decide_kind(config: Any, asked: str, where: str) -> Kind:
         raise BaseError(f"kind '{asked}' is not known.", where=where, hints=[f"Known: {', '.join(KINDS)}"])
     if getattr(config, "is_encoder_decoder", False):
         raise BaseError(
-            f"'{config.model_type}' is an encoder-decoder, and only decoders and encoders can be adapted.",
+            f"'{config.model_type}' is an encoder-decoder, and only decoders and encoders can be trained and asked.",
             where=where,
-            hints=["Nearest that works here:  a decoder (Llama, Qwen, Gemma, SmolLM)  ·  an encoder (BERT, RoBERTa, ModernBERT)"],
+            hints=[
+                "Nearest that works here:  a decoder (Llama, Qwen, Gemma, SmolLM)  ·  an encoder (BERT, RoBERTa, ModernBERT)",
+                "In a training loop of your own:  tunesmith.adapters.attach(model, 'lora')  on the model as transformers loads it",
+            ],
         )
     found = _kind(config, config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES)
     if found is None:

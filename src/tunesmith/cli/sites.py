@@ -33,6 +33,10 @@ def sites(ctx: typer.Context, model: SYSTEM, as_json: AsJson = False) -> None:
     from tunesmith.cli.show import print_json
     from tunesmith.core.errors import SpecError
 
+    if (outline := _encoder_decoder(model)) is not None:
+        shapes = site_table(outline)
+        print_json({"sites": [asdict(each) for each in shapes], "adapter": None}) if as_json else _show_sites(model, shapes)
+        return
     found: Any = open_one(model, None, session(ctx).reporter)
     if not hasattr(found, "base"):
         raise SpecError("a server does not show its model's sites.", hints=["Name a model that is here:  a hub id, a folder, runs/NAME"])
@@ -44,6 +48,25 @@ def sites(ctx: typer.Context, model: SYSTEM, as_json: AsJson = False) -> None:
     _show_sites(found.base.name, shapes)
     if counted is not None:
         _show_counts(found.adapter.expression, counted)
+
+
+def _encoder_decoder(source: str) -> Any | None:
+    """The outline of an encoder-decoder, without weights: it can be adapted in a loop of one's own, and is not opened to be asked."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    from tunesmith.bases.kinds import read_config
+    from tunesmith.bases.source import locate
+    from tunesmith.engine.runs import is_run
+    from tunesmith.engine.server import is_server
+
+    if is_server(source) or is_run(source):
+        return None
+    config = read_config(locate(source).folder, source, remote_code=False)
+    if not getattr(config, "is_encoder_decoder", False):
+        return None
+    with torch.device("meta"):
+        return AutoModelForSeq2SeqLM.from_config(config)
 
 
 def _show_sites(name: str, shapes: typing.Sequence[Shape]) -> None:

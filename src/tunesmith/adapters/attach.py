@@ -248,7 +248,8 @@ class Adapter:
         self._active = active
         for path, form in self.forms.items():
             form.__dict__["active"] = active and (form.writes or not self.merged)
-            form.settle()
+            if form.writes:
+                form.settle()
             refresh_forms(self._site(path))
         for name in (*self.trained, *self.merged):
             parameter = self.model.get_parameter(name)

@@ -39,10 +39,11 @@ def join(module: Any, key: str, form: Form) -> None:
 
 def refresh_forms(module: Any) -> None:
     """Which forms listen at a site: those switched on, in the order in which they were attached, those that are `last` last."""
-    active = [form for form in module.ts_forms.values() if form.active and not form.left_out]
+    forms: Any = module._modules["ts_forms"]._modules.values()  # a module's __getattr__ costs more than all the rest
+    active = [form for form in forms if form.active and not form.left_out]
     if len(active) > 1:
         active.sort(key=lambda form: form.last)
-    own = module.__dict__  # what a module's __setattr__ does besides costs more than all the rest
+    own = module.__dict__  # past a module's __setattr__, for the same reason
     own["ts_before"] = tuple([form for form in active if form.before])
     own["ts_active"] = tuple([form for form in active if not form.before])
     router = own.get("ts_router")

@@ -60,7 +60,6 @@ def key_value_sites(model: Any, tokens: int, who: str) -> KeyValueSites:
     heads = _kv_heads(config)
     found = KeyValueSites(forms, order, layers, *((heads, width // heads) if width % heads == 0 else (1, width)), None)
     try:
-        _find_axes(model, found, who)
         _require_alone(model, found, who)
     except (RuntimeError, ValueError, IndexError, TypeError) as cause:
         raise _refused(who, model, f"it cannot read a short text ({str(cause).splitlines()[:1]})") from None
@@ -174,50 +173,53 @@ def _hooked(model: Any, paths: Sequence[str], hooks: Sequence[Callable[..., Any]
 
 
 @contextmanager
-def _given(model: Any, found: KeyValueSites) -> Iterator[None]:
-    """With the forms at work, before they are attached."""
+def _given(model: Any, found: KeyValueSites, see: Callable[[str, LayerVectors, Tensor], None] | None = None) -> Iterator[None]:
+    """With the forms at work, before they are attached. see: told what leaves each site before its form changes it."""
 
-    def hook(form: LayerVectors) -> Callable[..., Any]:
-        return lambda module, args, out: form.leave(out, args[0])
+    def hook(path: str, form: LayerVectors) -> Callable[..., Any]:
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            if see is not None:
+                see(path, form, out)
+            return form.leave(out, args[0])
+
+        return leave
 
     try:
-        with _hooked(model, list(found.forms), [hook(form) for form in found.forms.values()]):
+        with _hooked(model, list(found.forms), [hook(*each) for each in found.forms.items()]):
             yield
     finally:
         for form in found.forms.values():
             form.give(None, None, None)
 
 
-def _find_axes(model: Any, found: KeyValueSites, who: str) -> None:
-    """See at which axis each site's outputs have their tokens; refuse a site that is called otherwise than once a text."""
-    length = next(n for n in range(_TRIED + 3, _TRIED + 6) if n not in (found.heads, found.dim))
-    shapes: dict[str, list[tuple[int, ...]]] = {path: [] for path in found.forms}
-
-    def hook(path: str) -> Callable[..., Any]:
-        return lambda module, args, out: shapes[path].append(tuple(out.shape))
-
-    with _hooked(model, list(found.forms), [hook(path) for path in found.forms]):
-        _read(model, _text(model, (2, length), 1))
-    for path, form in found.forms.items():
-        seen = shapes[path]
-        if len(seen) != 1 or seen[0][0] != 2 or length not in seen[0][1:3]:
-            raise _refused(who, model, f"{path} is called {len(seen)} times a text, with shapes {seen[:2]}")
-        form.axis = 1 if seen[0][1] == length else 2
-
-
 def _require_alone(model: Any, found: KeyValueSites, who: str) -> None:
-    """Refuse a model in which words reach later ones by another way than the keys and values that are given."""
-    length = _TRIED + 3
+    """See at which axis each site's outputs have their tokens, and refuse a site that is called otherwise than once a text, and a model in
+    which words reach later ones by another way than the keys and values that are given. One short text is read for it all."""
+    length = next(n for n in range(_TRIED + 3, _TRIED + 6) if n not in (found.heads, found.dim))
     ids = _text(model, (2, length), 2)
     ids[1, _TRIED:] = ids[0, _TRIED:]
     ids[1, :_TRIED] = _text(model, (1, _TRIED), 3)[0]
     at = torch.cat([torch.arange(_TRIED), torch.arange(_TRIED) + length]).to(ids.device)
     which = torch.arange(_TRIED).repeat(2).to(ids.device)
     vectors = torch.randn(_TRIED, 2, found.heads * found.dim, generator=torch.Generator().manual_seed(4)).to(ids.device)
-    with _given(model, found):
+    shapes: dict[str, list[tuple[int, ...]]] = {path: [] for path in found.forms}
+
+    def require_once(path: str) -> None:
+        seen = shapes[path]
+        if len(seen) != 1 or seen[0][0] != 2 or length not in seen[0][1:3]:
+            raise _refused(who, model, f"{path} is called {len(seen)} times a text, with shapes {seen[:2]}")
+
+    def see(path: str, form: LayerVectors, out: Tensor) -> None:
+        shapes[path].append(tuple(out.shape))
+        require_once(path)
+        form.axis = 1 if out.shape[1] == length else 2
+
+    with _given(model, found, see):
         for (_, part), form in zip(found.order, found.forms.values(), strict=True):
             form.give(vectors.flatten(1) if part is None else vectors[:, part], at, which)
         states = _read(model, ids)[:, _TRIED:].float()
+    for path in found.forms:
+        require_once(path)
     apart, scale = (states[0] - states[1]).abs().max(), states.abs().max()
     if not bool(apart <= (1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2) * scale):
         raise _refused(who, model, "later words depend on earlier ones by more than their keys and values")

@@ -101,6 +101,13 @@ def test_margins_bound_and_hard_ones_go_first() -> None:
         Rules(min_margin=3, max_margin=1)
 
 
+def test_a_merged_pair_names_everyone_who_labelled_it() -> None:
+    one, two = {"model": "one", "content": ""}, {"model": "two", "content": ""}
+    pairs = [Pair("a", "b", provenance={"labelled_by": said}) for said in ([one], [two, one])]
+    ((pair,), _, _) = merged([*pairs, Pair("a", "b")])
+    assert pair.provenance["labelled_by"] == [one, two]
+
+
 def test_pairs_that_stand_several_times_are_merged_and_contradictions_become_soft() -> None:
     pairs = [Pair("a", "b", "q"), Pair("a ", "b", "q"), Pair("b", "a", "q"), Pair("a", "b", "other")]
     found, same, disagreed = merged(pairs)

@@ -12,6 +12,7 @@ from tunesmith.cli.common import AsJson, session, stdout
 if TYPE_CHECKING:
     from tunesmith.adapters.counting import Counts
     from tunesmith.adapters.sitetable import Shape
+    from tunesmith.core.progress import Reporter
 
 SYSTEM = Annotated[
     str,
@@ -33,7 +34,7 @@ def sites(ctx: typer.Context, model: SYSTEM, as_json: AsJson = False) -> None:
     from tunesmith.cli.show import print_json
     from tunesmith.core.errors import SpecError
 
-    if (outline := _encoder_decoder(model)) is not None:
+    if (outline := _encoder_decoder(model, session(ctx).reporter)) is not None:
         shapes = site_table(outline)
         print_json({"sites": [asdict(each) for each in shapes], "adapter": None}) if as_json else _show_sites(model, shapes)
         return
@@ -50,7 +51,7 @@ def sites(ctx: typer.Context, model: SYSTEM, as_json: AsJson = False) -> None:
         _show_counts(found.adapter.expression, counted)
 
 
-def _encoder_decoder(source: str) -> Any | None:
+def _encoder_decoder(source: str, reporter: Reporter) -> Any | None:
     """The outline of an encoder-decoder, without weights: it can be adapted in a loop of one's own, and is not opened to be asked."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
@@ -62,7 +63,7 @@ def _encoder_decoder(source: str) -> Any | None:
 
     if is_server(source) or is_run(source):
         return None
-    config = read_config(locate(source).folder, source, remote_code=False)
+    config = read_config(locate(source, reporter=reporter).folder, source, remote_code=False)
     if not getattr(config, "is_encoder_decoder", False):
         return None
     with torch.device("meta"):

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, Literal
 
 import numpy as np
@@ -224,6 +224,11 @@ def _mean(first: Pair, same: Sequence[Pair], turned: Sequence[bool]) -> Pair:
     margins = [pair.margin * (-1 if flip else 1) for pair, flip in zip(same, turned, strict=True) if pair.margin is not None]
     margin = sum(margins) / len(margins) if margins else None
     provenance = {**first.provenance, "merged": [pair.provenance.get("where", "") for pair in same]}
+    labelled: list[Any] = []
+    for one in chain(*(pair.provenance.get("labelled_by", ()) for pair in same)):
+        labelled += [one] if one not in labelled else []
+    if labelled:  # each of them had a say
+        provenance["labelled_by"] = labelled
     if probability >= 0.5:
         return replace(first, probability=probability, margin=margin, provenance=provenance)
     told = {"chosen": provenance.get("rejected", {}), "rejected": provenance.get("chosen", {})}

@@ -274,6 +274,16 @@ def test_huge_logits_neither_overflow_nor_lose_the_answer() -> None:
     assert float(got.log_probs.detach()) == 0 and hidden.grad is not None and torch.equal(hidden.grad, torch.zeros(1, 2))
 
 
+@pytest.mark.parametrize("surplus", [0.0, 3.0, 9.0, 30.0])
+def test_the_likeliest_token_is_known_as_such_to_the_last_bit_and_its_log_probability_is_never_above_0(surplus: float) -> None:
+    weight, target = torch.randn(60, 12), torch.randint(0, 60, (200,))
+    hidden = weight[target] * surplus + torch.randn(200, 12)
+    got = read_head(Projection((hidden,), (weight,)), target, Wanted(best=True))
+    likeliest = (hidden @ weight.T).argmax(-1) == target
+    assert got.best is not None and torch.equal(got.log_probs >= got.best, likeliest)
+    assert float(got.log_probs.max()) <= 0 and likeliest.any()
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_bf16_weights_give_fp32_readings_close_to_the_exact_ones(trained: bool) -> None:
     hidden, weight = torch.randn(40, 16).bfloat16().requires_grad_(), torch.randn(50, 16).bfloat16().requires_grad_(trained)

@@ -22,6 +22,13 @@ ROLLOUT = {"prompts": 5, "samples": 4, "max_new_tokens": 8, "show": 0}
 PLANS = [
     {"name": "dapo", "objective": "dapo", "train": TRAIN, "rollout": {**ROLLOUT, "tries": 3, "truncated": "keep"}},
     {"name": "ppo", "objective": "ppo", "train": TRAIN, "rollout": {**ROLLOUT, "epochs": 2, "minibatches": 2, "kl_target": 0.1}},
+    {
+        "name": "normalised",
+        "objective": "dr_grpo(max_tokens=8)",
+        "train": TRAIN,
+        "rollout": ROLLOUT,
+        "rewards": [{"reward": f"{SCRIPT}:letters", "normalise": "batch"}],
+    },
 ]
 
 
@@ -40,7 +47,7 @@ def test_two_processes_sample_the_same_answers_as_one_and_learn_the_same_from_th
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("dapo", "ppo"):
+    for name in ("dapo", "ppo", "normalised"):
         told = [json.loads((runs[which] / name / "samples.jsonl").read_text().splitlines()[-1]) for which in ("one", "two")]
         assert told[0] == told[1]
         one, two = (read_metrics(runs[which] / name / "metrics.jsonl") for which in ("one", "two"))

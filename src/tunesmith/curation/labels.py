@@ -21,7 +21,7 @@ from tunesmith.rollout.judges import Duel, Judge
 from tunesmith.rollout.named import LABELLED, account_of, content_of, model_behind
 from tunesmith.rollout.rewards import Reward, Rewards
 from tunesmith.rollout.rubric import first_line, in_words
-from tunesmith.rollout.sample import Sample
+from tunesmith.rollout.sample import Sample, groups_of_samples
 
 CHUNK = 64
 """Prompts whose answers are scored between two writings to disk."""
@@ -93,7 +93,7 @@ class RewardLabels:
         """Raises RewardError where a reward fails."""
         groups = [_samples(own, number) for number, own in enumerate(answers)]
         parts = self._parts(groups)
-        total = iter(self.rewards.totals([sample for own in groups for sample in own], parts))
+        total = iter(self.rewards.totals(groups_of_samples([sample for own in groups for sample in own]), parts))
         models = [model for one in self.rewards.rewards if (model := model_behind(one.spec)) is not None]
         told = {"reward": list(self.named), **({LABELLED: [account_of(model) for model in models]} if models else {})}
         return [

@@ -128,19 +128,23 @@ def _softmax(z: Tensor, room: Tensor, ask: Ask, out: Readings) -> Tensor:
         room[1].copy_(work)
     torch.softmax(work, -1, out=work)
     best = work.amax(-1).log_()  # the likeliest token's probability is 1 over the sum of exponentials
-    total = largest - best
-    torch.sub(gold, total, out=out.log_probs)
+
+    def log_p(logits: Tensor) -> Tensor:
+        """Of some tokens of each target, [block, any]. Exactly `best` for the likeliest one, which the order of the sum decides."""
+        return (logits - largest[:, None]).add_(best[:, None])
+
+    out.log_probs.copy_(log_p(gold[:, None])[:, 0])
     if out.best is not None:
         out.best.copy_(best)
     if out.mean is not None and mean is not None:
-        torch.sub(mean, total, out=out.mean)
+        out.mean.copy_(log_p(mean[:, None])[:, 0])
     if out.given is not None and given is not None:
-        torch.sub(given, total[:, None], out=out.given)
+        out.given.copy_(log_p(given))
     if out.top is not None and out.top_ids is not None and likeliest is not None:
-        torch.sub(likeliest.values, total[:, None], out=out.top)
+        out.top.copy_(log_p(likeliest.values))
         out.top_ids.copy_(likeliest.indices)
     if out.entropy is not None:
-        room[1].sub_(total[:, None]).clamp_(min=_NEVER)
+        room[1].sub_((largest - best)[:, None]).clamp_(min=_NEVER)
     return work
 
 

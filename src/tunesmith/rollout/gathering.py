@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tunesmith.rollout.answers import Answer, Prompt
 from tunesmith.rollout.order import drawn
 from tunesmith.rollout.sample import ToolCall
 from tunesmith.rollout.sampling import seed_of
-from tunesmith.rollout.scoring import Rewarded, Score
+from tunesmith.rollout.scoring import Rewarded, Score, Totals
 from tunesmith.rolloutspec import RolloutSpec
 
 Play = Callable[[Sequence[Prompt], int, Sequence[int]], list[list[Answer]]]
@@ -96,7 +96,8 @@ class Gatherer:
         told = self.processes.gathered([[asdict(group) for group in groups], rewarded.problems])
         self._problems += [problem for _, problems in told for problem in problems]
         parts = [of_rank for of_rank, _ in told]
-        return [_group(parts[place % count][place // count]) for place in range(len(chosen))]
+        groups = [_group(parts[place % count][place // count]) for place in range(len(chosen))]
+        return groups if rewarded.totals is None else _together(groups, rewarded.totals)
 
 
 def _groups(prompts: Sequence[int], answers: Sequence[list[Answer]], rewarded: Rewarded) -> list[Group]:
@@ -106,6 +107,17 @@ def _groups(prompts: Sequence[int], answers: Sequence[list[Answer]], rewarded: R
         out.append(Group(prompt, said, rewarded.total[own], {name: values[own] for name, values in rewarded.parts.items()}))
         start += len(said)
     return out
+
+
+def _together(groups: Sequence[Group], totals: Totals) -> list[Group]:
+    """Groups that several processes scored, with the rewards that one process would have given them all."""
+    parts = {name: [value for group in groups for value in group.parts[name]] for name in groups[0].parts}
+    places, start = [], 0
+    for group in groups:
+        places.append(range(start, start + len(group.answers)))
+        start += len(group.answers)
+    found = totals(places, parts)
+    return [replace(group, outcome=list(found[own.start : own.stop])) for group, own in zip(groups, places, strict=True)]
 
 
 def _group(values: Mapping[str, Any]) -> Group:

@@ -148,7 +148,7 @@ class Rewards:
         if not samples:
             return Scored([], {name: [] for name in self.names})
         parts, problems = self.parts(samples)
-        return Scored(self.totals(samples, parts), parts, problems)
+        return Scored(self.totals(groups_of_samples(samples), parts), parts, problems)
 
     def parts(self, samples: Sequence[Sample]) -> tuple[dict[str, list[float]], list[Problem]]:
         """What each reward says of answers, by name, and what was passed over; raises as `score`."""
@@ -170,11 +170,11 @@ class Rewards:
                 call.ask()
         return [call.said for call in calls]
 
-    def totals(self, samples: Sequence[Sample], parts: Mapping[str, Sequence[float]]) -> list[float]:
-        """The reward of each answer from what each reward says of it, as `score` sums them."""
-        groups = groups_of_samples(samples)
-        whole = sum(abs(one.spec.weight) for one in self.rewards)
-        sums, spoken = np.zeros(len(samples)), np.zeros(len(samples))
+    def totals(self, groups: Sequence[Sequence[int]], parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """The reward of each answer from what each reward says of it, as `score` sums them. groups: places of the answers to each prompt,
+        of all answers that a reward normalised over the batch is normalised over."""
+        whole, count = sum(abs(one.spec.weight) for one in self.rewards), sum(map(len, groups))
+        sums, spoken = np.zeros(count), np.zeros(count)
         for one in self.rewards:
             values = np.asarray(parts[one.name], np.float64)
             used = values if one.spec.clip is None else np.clip(values, *one.spec.clip)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,14 +11,19 @@ from tunesmith.rollout.answers import Answer, Prompt
 from tunesmith.rollout.sample import Sample
 
 
+Totals = Callable[[Sequence[Sequence[int]], Mapping[str, Sequence[float]]], Sequence[float]]
+"""(places of the answers to each prompt, parts of all answers by name) -> total of each answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rewarded:
     """Rewards of answers, in the order of prompts. total: NaN where there is none. parts: what it is made of, by name. problems: what
-    went wrong and was passed over."""
+    went wrong and was passed over. totals: how totals follow from parts, where it takes the answers of all processes to say."""
 
     total: list[float]
     parts: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    totals: Totals | None = None
 
 
 class Score(Protocol):
@@ -45,6 +50,8 @@ class Scorer(Protocol):
 
     def score(self, samples: Sequence[Sample]) -> Scored: ...
 
+    def totals(self, groups: Sequence[Sequence[int]], parts: Mapping[str, Sequence[float]]) -> Sequence[float]: ...
+
 
 def scored_by(rewards: Scorer) -> Score:
     """The rewards of a spec, for the answers of a rollout."""
@@ -53,9 +60,9 @@ def scored_by(rewards: Scorer) -> Score:
         samples = [sample for number, own in enumerate(zip(prompts, answers, strict=True)) for sample in samples_of(*own, number)]
         found = rewards.score(samples) if samples else None
         if found is None:
-            return Rewarded([])
+            return Rewarded([], totals=rewards.totals)
         parts = {name: _numbers(values) for name, values in found.parts.items()}
-        return Rewarded(_numbers(found.total), parts, [str(problem) for problem in found.problems])
+        return Rewarded(_numbers(found.total), parts, [str(problem) for problem in found.problems], rewards.totals)
 
     return score
 

@@ -266,6 +266,16 @@ def test_patience_counts_judgements_without_a_better_one(make_trainer: Make) -> 
     assert (state.step, state.best, state.best_step) == (5, 0.3, 2)
 
 
+def test_a_dev_value_that_never_changes_chooses_nothing_and_the_last_weights_are_kept(make_trainer: Make) -> None:
+    trainer = make_trainer(steps=6, evaluate_every=2, dev=scripted([0.0, 0.0, 0.0]))
+    state = trainer.run()
+    assert (state.step, state.best, state.best_step) == (6, 0.0, 6)
+    trainer = make_trainer("later", steps=6, evaluate_every=2, dev=scripted([0.0, 0.5, 0.5]))
+    assert trainer.run().best_step == 4
+    trainer = make_trainer("patient", steps=6, evaluate_every=1, patience=2, dev=scripted([0.5, 0.5, 0.5, 0.5]))
+    assert trainer.run().step == 3
+
+
 def test_a_run_that_goes_on_remembers_its_best_and_its_patience(make_trainer: Make) -> None:
     whole = make_trainer("whole", steps=8, evaluate_every=1, patience=4, dev=scripted([0.5, 0.1, 0.2, 0.3, 0.4, 0.9]))
     assert whole.run().step == 5

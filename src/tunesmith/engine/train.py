@@ -61,6 +61,7 @@ class State:
     best: float | None = None
     best_step: int | None = None
     worse: int = 0  # evaluations since the best
+    alike: bool = True  # every evaluation so far said the same
     losses: list[float] = field(default_factory=list)  # the first five and the last twenty
     tokens: int = 0
     supervised: int = 0
@@ -374,12 +375,12 @@ class Trainer:
         state.dev_seconds += time.perf_counter() - began
         self.metrics.write(step=state.step, **values)
         judged = next(iter(values.values()))
+        state.alike = state.alike and state.best in (None, judged)
         improved = state.best is None or judged > state.best
-        if improved:
-            state.best, state.best_step, state.worse = judged, state.step, 0
-        else:
-            state.worse += 1
-        return values, improved
+        state.worse = 0 if improved else state.worse + 1
+        if improved or state.alike:  # what says nothing of the steps does not choose the first of them
+            state.best, state.best_step = judged, state.step
+        return values, state.best_step == state.step
 
     def _patience_over(self) -> bool:
         patience = self.spec.train.patience
@@ -411,10 +412,12 @@ class Trainer:
         self.optimizer.load(tensors["weights"], tensors.get("moments", {}))
         self._remember(tensors.get("memory", {}))
         self.feed.recall(tensors.get("feed", {}), state.get("feed", {}))
-        self.state = State(**{name: state[name] for name in asdict(State())})
+        self.state = State(**{name: state.get(name, value) for name, value in asdict(State()).items()})
         self.reporter.line("resume", f"from step {self.state.step} of {self.total}")
 
     def _take_best(self) -> None:
+        if self.state.alike and self.state.worse:
+            self.reporter.line("note", f"dev was {self.state.best:.3f} at every evaluation and chose no step: the last one is kept")
         if self.state.best_step is not None and self.state.best_step != self.state.step:
             tensors, _ = self.folder.checkpoints.load(self.state.best_step)
             self.optimizer.load(tensors["weights"], {})

@@ -54,6 +54,7 @@ WORKS: dict[str, Work] = {
     **{f"films-{name}": _pairwise("dpo-films", name, ("pairs",), "film-pairs") for name in ("dpo", "ipo", "simpo", "orpo")},
     **{f"sums-{name}": _pairwise("right-wrong", name, ("pairs", "sums")) for name in ("dpo", "ipo", "kto", "simpo", "orpo")},
     "sums-dpo-sft": Work("right-wrong", ("objective=dpo + sft",), ("pairs", "sums")),
+    **{f"own-{name}": _pairwise("own-pairs", name, ("pairs", "sums"), "sums-pairs") for name in ("dpo", "ipo", "kto", "simpo", "orpo")},
     "grpo-sums": Work("grpo-sums", (), ("sums",)),
     "dapo-sums": Work("grpo-sums", ("objective=dapo",), ("sums",)),
     "grpo-films": Work("grpo-films", (JUDGE,), ("films",), ("reward-films-0",)),
@@ -71,6 +72,11 @@ MADE: dict[str, tuple[str, Sequence[str]]] = {
         ["pairs", f"{RATED}/movieReviewSnippets_GroundTruth.txt", *(f"--columns={part}" for part in ("id=1", "score=2", "text=3")),
          f"--ratings={RATED}/movieReviewSnippets_anonDataRatings.txt", "--ratings-columns=id=1", "--ratings-columns=ratings=4",
          "--split-by=item", "--dev=5%", "--test=20%", "--out=film-pairs.jsonl"],
+    ),
+    "sums-pairs": (
+        "sums-pairs.jsonl",
+        ["pairs", "examples/sums.jsonl", f"--sample={BASE}", "--samples=8", "--max-tokens=12", "--reward=numeric", "--ties=drop",
+         "--per-prompt=2", "--test=20%", "--dev=10%", "--out=sums-pairs.jsonl"],
     ),
     TEACHER: (f"runs/{TEACHER}/result.json", ["train", "examples/sentiment-lora.yaml", f"name={TEACHER}"]),
     "rlaif": (
@@ -179,9 +185,9 @@ def _mean(found: Sequence[list[float]], beside: Sequence[float] | None = None) -
 
     flat = [score for scores in found for score in scores]
     other = [0.0] * len(flat) if beside is None else [*beside] * len(found)
-    low, high = paired_bootstrap(flat, other, clusters=[at for scores in found for at in range(len(scores))])
+    ends = paired_bootstrap(flat, other, clusters=[at for scores in found for at in range(len(scores))])
     sign = "" if beside is None else "+"
-    return f"{statistics.fmean(flat) - statistics.fmean(other):{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+    return f"{statistics.fmean(flat) - statistics.fmean(other):{sign}.3f} ({ends.low:{sign}.3f} to {ends.high:{sign}.3f})"
 
 
 def _gain(found: Sequence[list[float]], beside: Sequence[float] | None) -> str:

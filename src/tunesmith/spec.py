@@ -316,6 +316,8 @@ def read_values(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         close = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else []
         hints = [f"Did you mean:  {path.parent / name}" for name in close]
+        if "=" in str(path):
+            hints = [f"The spec file comes first, keys that change it after it:  FILE.yaml {path}"]
         raise SpecError("there is no such spec file.", where=str(path), hints=hints) from None
     except (OSError, UnicodeDecodeError) as cause:
         reason = cause.strerror if isinstance(cause, OSError) else "it is not UTF-8 text"

@@ -234,7 +234,7 @@ def test_a_file_that_is_not_there_shows_the_nearest_one(tmp_path):
         load_spec(tmp_path / "review.yaml")
     with pytest.raises(SpecError, match="no such spec file"):
         load_spec(tmp_path / "nowhere" / "x.yaml")
-    with pytest.raises(SpecError, match="(?s)no such spec file.*FILE.yaml objective=dpo"):
+    with pytest.raises(SpecError, match=r"(?s)no such spec file.*FILE\.yaml objective=dpo"):
         load_spec("objective=dpo")
 
 

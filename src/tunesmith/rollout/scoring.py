@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from tunesmith.rollout.answers import Answer, Prompt
 from tunesmith.rollout.sample import Sample
 
-
 Totals = Callable[[Sequence[Sequence[int]], Mapping[str, Sequence[float]]], Sequence[float]]
 """(places of the answers to each prompt, parts of all answers by name) -> total of each answer."""
 

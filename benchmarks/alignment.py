@@ -198,6 +198,15 @@ def _gain(found: Sequence[list[float]], beside: Sequence[float] | None) -> str:
     return f"{_mean(found, beside)} | {sum(gap > 0 for gap in gaps)}, {sum(gap < 0 for gap in gaps)}"
 
 
+def keep(cells: Sequence[dict[str, Any]]) -> None:
+    """Write the cells' means to the results, beside those of other calls."""
+    known = json.loads(OUT.read_text()) if OUT.exists() else []
+    means = [{**cell, "scores": {what: statistics.fmean(scores) for what, scores in cell["scores"].items()}} for cell in cells]
+    found = {(cell["work"], cell["seed"]): cell for cell in [*known, *means]}
+    order = {work: number for number, work in enumerate(WORKS)}
+    OUT.write_text(json.dumps(sorted(found.values(), key=lambda cell: (order.get(cell["work"], -1), cell["seed"])), indent=2) + "\n")
+
+
 def arguments() -> argparse.Namespace:
     """What the command line says; ends the process where it names no work."""
     parser = argparse.ArgumentParser(description="Alignment examples over seeds.")
@@ -225,9 +234,7 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         cells = list(pool.map(made.cell, places))
     asked = [what for what in ("pairs", "sums", "films", "tweets") if any(what in WORKS[work].asked for work in chosen)]
-    OUT.write_text(
-        json.dumps([{**cell, "scores": {k: statistics.fmean(v) for k, v in cell["scores"].items()}} for cell in cells], indent=2) + "\n"
-    )
+    keep(cells)
     for what in asked:
         print("\n".join([f"\n{what}", "", *summary(made, cells, what)]))
 

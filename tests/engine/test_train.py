@@ -266,13 +266,15 @@ def test_patience_counts_judgements_without_a_better_one(make_trainer: Make) -> 
     assert (state.step, state.best, state.best_step) == (5, 0.3, 2)
 
 
-def test_a_dev_value_that_never_changes_chooses_nothing_and_the_last_weights_are_kept(make_trainer: Make) -> None:
+def test_a_dev_value_that_is_always_0_chooses_nothing_and_the_last_weights_are_kept(make_trainer: Make) -> None:
     trainer = make_trainer(steps=6, evaluate_every=2, dev=scripted([0.0, 0.0, 0.0]))
     state = trainer.run()
     assert (state.step, state.best, state.best_step) == (6, 0.0, 6)
     trainer = make_trainer("later", steps=6, evaluate_every=2, dev=scripted([0.0, 0.5, 0.5]))
     assert trainer.run().best_step == 4
-    trainer = make_trainer("patient", steps=6, evaluate_every=1, patience=2, dev=scripted([0.5, 0.5, 0.5, 0.5]))
+    trainer = make_trainer("even", steps=6, evaluate_every=2, dev=scripted([0.5, 0.5, 0.5]))
+    assert trainer.run().best_step == 2
+    trainer = make_trainer("patient", steps=6, evaluate_every=1, patience=2, dev=scripted([0.0, 0.0, 0.0, 0.0]))
     assert trainer.run().step == 3
 
 

@@ -61,7 +61,7 @@ class State:
     best: float | None = None
     best_step: int | None = None
     worse: int = 0  # evaluations since the best
-    alike: bool = True  # every evaluation so far said the same
+    nothing: bool = True  # every evaluation so far said 0
     losses: list[float] = field(default_factory=list)  # the first five and the last twenty
     tokens: int = 0
     supervised: int = 0
@@ -375,10 +375,10 @@ class Trainer:
         state.dev_seconds += time.perf_counter() - began
         self.metrics.write(step=state.step, **values)
         judged = next(iter(values.values()))
-        state.alike = state.alike and state.best in (None, judged)
+        state.nothing = state.nothing and judged == 0
         improved = state.best is None or judged > state.best
         state.worse = 0 if improved else state.worse + 1
-        if improved or state.alike:  # what says nothing of the steps does not choose the first of them
+        if improved or state.nothing:  # what says nothing of the steps does not choose the first of them
             state.best, state.best_step = judged, state.step
         return values, state.best_step == state.step
 
@@ -416,8 +416,8 @@ class Trainer:
         self.reporter.line("resume", f"from step {self.state.step} of {self.total}")
 
     def _take_best(self) -> None:
-        if self.state.alike and self.state.worse:
-            self.reporter.line("note", f"dev was {self.state.best:.3f} at every evaluation and chose no step: the last one is kept")
+        if self.state.nothing and self.state.worse:
+            self.reporter.line("note", "dev was 0 at every evaluation and chose no step: the last one is kept")
         if self.state.best_step is not None and self.state.best_step != self.state.step:
             tensors, _ = self.folder.checkpoints.load(self.state.best_step)
             self.optimizer.load(tensors["weights"], {})
